@@ -1,0 +1,1 @@
+"""Models and scripts behind the figures of this project."""

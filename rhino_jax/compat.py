@@ -1,0 +1,175 @@
+"""The one door to anything JAX does not promise.
+
+Everything private or version-dependent that Rhino touches in JAX is here, so one
+file says what a new JAX release may break.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.extend as jex
+import numpy as np
+from jax._src import compiler
+from jax._src import source_info_util as _source
+from jax._src.interpreters import mlir
+from jax._src.interpreters import partial_eval as pe
+from jax._src.lax import lax as lax_internal
+from jax._src.lib import xla_client
+from jaxlib.mlir import ir
+
+JaxprEqn = jex.core.JaxprEqn
+ClosedJaxpr = jex.core.ClosedJaxpr
+Jaxpr = jex.core.Jaxpr
+Var = jex.core.Var
+Literal = jex.core.Literal
+
+
+def bind(eqn: Any, args: Sequence[Any], changed: dict[str, Any]) -> Any:
+    """Bind the primitive of ``eqn`` to ``args``, with some parameters changed."""
+    params = {**eqn.params, **changed}
+    return eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params))
+
+
+@contextlib.contextmanager
+def as_written(eqn: Any) -> Iterator[None]:
+    """Give what is traced inside the source line and name stack of ``eqn``."""
+    stack = _source.current_name_stack() + eqn.source_info.name_stack
+    with (
+        _source.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def source_line(eqn: Any) -> tuple[str, int]:
+    """The user's file and line of ``eqn`` (("", 0) where none is known)."""
+    frame = _source.user_frame(eqn.source_info.traceback)
+    return (frame.file_name, frame.start_line) if frame else ("", 0)
+
+
+def name_stack(eqn: Any) -> str:
+    """The name stack of ``eqn``: scopes, and the transformations around them."""
+    return str(eqn.source_info.name_stack)
+
+
+def local_avals(args: Sequence[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes and dtypes of traced or concrete arrays, weak types kept."""
+    return tuple(
+        jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+        for x in map(jax.typeof, args)
+    )
+
+
+def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
+    """A closed jaxpr from an open one and its constants."""
+    return ClosedJaxpr(jaxpr, list(consts))
+
+
+def literal(value: Any, dtype: str, weak: bool) -> Any:
+    """A literal scalar as JAX traces it, weak type kept."""
+    array = np.asarray(value, np.dtype(dtype))
+    return lax_internal._convert_element_type(array, array.dtype, weak_type=weak)
+
+
+def without_constants(closed: Any) -> tuple[Any, list[Any]]:
+    """An open jaxpr that takes a closed one's constants as leading inputs."""
+    return pe.convert_constvars_jaxpr(closed.jaxpr), list(closed.consts)
+
+
+# ---- compile-only (verify/) -------------------------------------------------------
+
+
+StableHloError = ir.MLIRError
+"""What ``parse_stablehlo`` raises."""
+
+
+def module_bytes(lowered: Any) -> bytes:
+    """A lowered program as StableHLO bytecode, source locations kept."""
+    module = lowered.compiler_ir("stablehlo")
+    return bytes(mlir.module_to_bytecode(module))
+
+
+def parse_stablehlo(module: bytes) -> Any:
+    """An MLIR module from StableHLO bytecode or text.
+
+    Raises:
+        StableHloError: it does not parse.
+    """
+    context = mlir.make_ir_context()
+    with context:
+        return ir.Module.parse(module)
+
+
+def without_locations(module: Any) -> str:
+    """The text of an MLIR module with no source locations in it."""
+    text = module.operation.get_asm(enable_debug_info=False)
+    return str(text)
+
+
+def described_devices(
+    platform: str, topology: str, config: str, host_bounds: Sequence[int]
+) -> list[Any]:
+    """Compile-only devices of a described topology; for "cpu" the local ones."""
+    if platform == "cpu":
+        return list(jax.devices("cpu"))
+    from jax.experimental import topologies  # only children of verify/ need it
+
+    if platform == "tpu":
+        bounds = {"chips_per_host_bounds": tuple(host_bounds)} if host_bounds else {}
+        found = topologies.get_topology_desc(topology, "tpu", **bounds)
+    else:
+        found = topologies.get_topology_desc(
+            "", platform, target_config=config, topology=topology
+        )
+    return list(found.devices)
+
+
+def compile_stablehlo(
+    module: Any, devices: Sequence[Any], options: dict[str, Any]
+) -> Any:
+    """Compile an MLIR module for devices in this order, as ``jax.jit`` would.
+
+    Arguments and results without a sharding of their own may get one from the
+    partitioner, as there. Aliases (donated arguments) are in the module.
+    """
+    order = np.empty((1, len(devices)), object)
+    order[0, :] = devices
+    chosen = compiler.get_compile_options(1, len(devices), order, dict(options))
+    chosen.executable_build_options.allow_spmd_sharding_propagation_to_parameters = (
+        _unsharded(module, "arg_attrs")
+    )
+    chosen.executable_build_options.allow_spmd_sharding_propagation_to_output = (
+        _unsharded(module, "res_attrs")
+    )
+    return compiler.backend_compile_and_load(
+        devices[0].client, module, xla_client.DeviceList(tuple(devices)), chosen, []
+    )
+
+
+def _unsharded(module: Any, attributes: str) -> list[bool]:
+    """For each argument or result of main, whether it comes without a sharding."""
+    main: Any = ir.SymbolTable(module.operation)["main"]
+    kind = main.type
+    count = len(kind.inputs if attributes == "arg_attrs" else kind.results)
+    if attributes not in main.attributes:
+        return [True] * count
+    found: list[Any] = [ir.DictAttr(one) for one in main.attributes[attributes]]
+    return [all(not _is_whole_sharding(entry) for entry in each) for each in found]
+
+
+def _is_whole_sharding(entry: Any) -> bool:
+    """Whether an attribute is a sharding that leaves no dimension open ("?")."""
+    named = entry.name in ("sdy.sharding", "mhlo.sharding")
+    return named and "?" not in str(entry.attr)
+
+
+def partition_count(module: Any) -> int:
+    """For how many devices a StableHLO module is written (1 where it does not say)."""
+    attributes = module.operation.attributes
+    if "mhlo.num_partitions" not in attributes:
+        return 1
+    return int(ir.IntegerAttr(attributes["mhlo.num_partitions"]).value)

@@ -1,0 +1,1 @@
+"""What things cost: the cheapest collectives, and their bytes. Plain Python."""

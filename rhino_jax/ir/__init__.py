@@ -1,0 +1,1 @@
+"""The Rhino IR: Programs, factors, layouts. Plain Python, no JAX."""

@@ -1,0 +1,101 @@
+"""How one Program is carried out on a mesh: a choice and its moves for every op.
+
+An :class:`Assignment` is complete: reading it needs no search and no guessing. Every
+value has the layout its producer's choice gives it; where an op wants an operand in
+another layout, a :class:`~rhino_jax.ir.steps.Move` before the op says how it gets
+there. A moved value stays at hand beside the original, so later ops may read either,
+until the same move is written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rhino_jax.ir.factors import Choice, Rule, layouts
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.steps import Move
+
+FALLBACK = "fallback"
+
+
+@dataclass(frozen=True)
+class OpPlan:
+    """What is done for one op: moves of its operands, its choice, moves of results.
+
+    ``inner`` holds one Assignment per nested Program. ``note`` is empty for an op
+    with a rule of its own, and says so when the op runs whole for want of one.
+    """
+
+    choice: Choice = Choice()
+    before: tuple[Move, ...] = ()
+    after: tuple[Move, ...] = ()
+    inner: tuple[Assignment, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Layouts of a Program's inputs and outputs, and an :class:`OpPlan` per op.
+
+    ``final`` moves bring the outputs to their layouts.
+    """
+
+    inputs: tuple[Layout, ...]
+    outputs: tuple[Layout, ...]
+    ops: tuple[OpPlan, ...]
+    final: tuple[Move, ...] = ()
+
+    def moves(self) -> Iterator[Move]:
+        """Every move of this Program in order, nested Programs excluded."""
+        for op in self.ops:
+            yield from op.before
+            yield from op.after
+        yield from self.final
+
+
+def boundary(
+    program: Program, op: Op, plan: OpPlan, rule: Rule | None
+) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
+    """The layouts in which ``op`` wants its operands and gives its results.
+
+    Control flow takes them from its bodies: a scan's stacked inputs and outputs are
+    its body's with a whole leading dimension, a branch's are its branches'.
+    """
+    if not op.programs:
+        assert rule is not None, f"no rule for {op.kind}"
+        return layouts(rule, plan.choice)
+    return _BOUNDARY[op.kind](program, op, plan)
+
+
+Boundary = tuple[tuple[Layout, ...], tuple[Layout, ...]]
+
+
+def _scan(program: Program, op: Op, plan: OpPlan) -> Boundary:
+    (body,) = plan.inner
+    whole = op.param["num_consts"] + op.param["num_carry"]
+    carry = op.param["num_carry"]
+    ins = body.inputs[:whole] + tuple(x.prepended() for x in body.inputs[whole:])
+    outs = body.outputs[:carry] + tuple(y.prepended() for y in body.outputs[carry:])
+    return ins, outs
+
+
+def _while(program: Program, op: Op, plan: OpPlan) -> Boundary:
+    cond, body = plan.inner
+    split = op.param["cond_nconsts"]
+    consts = op.param["body_nconsts"]
+    return cond.inputs[:split] + body.inputs, body.inputs[consts:]
+
+
+def _cond(program: Program, op: Op, plan: OpPlan) -> Boundary:
+    first = plan.inner[0]
+    return (Layout.replicated(0), *first.inputs), first.outputs
+
+
+def _call(program: Program, op: Op, plan: OpPlan) -> Boundary:
+    (body,) = plan.inner
+    return body.inputs, body.outputs
+
+
+_BOUNDARY = {"scan": _scan, "while": _while, "cond": _cond, "remat2": _call}

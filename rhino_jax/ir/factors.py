@@ -1,0 +1,437 @@
+"""What an op means to a partitioner: its named loops.
+
+A :class:`Rule` says which *factors* (named loops) the dimensions of an op's operands
+and results are made of, like an einsum: ``bij,bjk->bik``. A dimension may be a product
+of factors, outermost first: a reshape is ``(ab)c->a(bc)``. Sharding an op is handing
+digits of its factors to mesh axes (a :class:`Choice`); the layout of every operand and
+result follows from that by :func:`layouts`.
+
+A value that is partial may also *flow* through an op that is linear in it; each way
+to do so is a :class:`Flow`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rhino_jax.errors import RuleError
+from rhino_jax.ir.layout import Layout, Split, padded_size, sorted_dim
+from rhino_jax.ir.mesh import Mesh
+
+PARALLEL = "parallel"
+REDUCTION = "reduction"
+BLOCKED = "blocked"
+WINDOW = "window"
+INDEXED = "indexed"
+POSITIONAL = "positional"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What may be done to a factor of one kind."""
+
+    split: bool
+    strided: bool
+    ragged: bool
+    why: str
+
+
+KINDS: Mapping[str, Kind] = {
+    PARALLEL: Kind(True, True, True, "each element on its own"),
+    REDUCTION: Kind(True, True, True, "a split leaves a partial value"),
+    BLOCKED: Kind(False, False, False, "must be whole"),
+    WINDOW: Kind(True, False, False, "a split needs a halo"),
+    INDEXED: Kind(True, True, False, "indices outside the shard are masked"),
+    POSITIONAL: Kind(True, True, False, "the local form needs the global index"),
+}
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One named loop of an op.
+
+    ``operator`` combines the terms that a split leaves behind: in every result that
+    lacks the factor, when the factor is a reduction, or indexed in an operand only.
+    ``addends`` are operands that lack the factor and enter the sum once, whatever its
+    trip count (the operand of a scatter-add): where the factor is split they are
+    wanted partial, so that they are counted once.
+    """
+
+    name: str
+    size: int
+    kind: str = PARALLEL
+    operator: str = ""
+    addends: tuple[int, ...] = ()
+
+    @property
+    def traits(self) -> Kind:
+        return KINDS[self.kind]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Operands that may be partial together, and the results that then are."""
+
+    operator: str
+    operands: tuple[int, ...]
+    results: tuple[int, ...] = (0,)
+
+
+Dims = tuple[tuple[str, ...], ...]
+"""For each dimension of a value, the factors it is made of, outermost first."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The factors of one op: its operands' and results' dimensions, and its flows."""
+
+    factors: tuple[Factor, ...]
+    operands: tuple[Dims, ...]
+    results: tuple[Dims, ...]
+    flows: tuple[Flow, ...] = ()
+    _index: Mapping[str, Factor] = field(
+        default_factory=dict, compare=False, repr=False, init=False
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_index", {f.name: f for f in self.factors})
+
+    def factor(self, name: str) -> Factor:
+        return self._index[name]
+
+    def weight(self, dim: Sequence[str], name: str) -> int:
+        """How far apart in ``dim`` two neighbours along factor ``name`` are."""
+        inner = dim[list(dim).index(name) + 1 :]
+        return math.prod(self._index[n].size for n in inner)
+
+    @cached_property
+    def text(self) -> str:
+        """The rule in the einsum-like notation, factor kinds written behind it."""
+        short = _letters(f.name for f in self.factors)
+
+        def side(values: Sequence[Dims]) -> str:
+            return ",".join(
+                "".join(
+                    short[d[0]]
+                    if len(d) == 1
+                    else "(" + "".join(short[n] for n in d) + ")"
+                    for d in dims
+                )
+                for dims in values
+            )
+
+        notes = [
+            f"{short[f.name]}:{f.kind}" + (f"={f.operator}" if f.operator else "")
+            for f in self.factors
+            if f.kind != PARALLEL
+        ]
+        body = f"{side(self.operands)}->{side(self.results)}"
+        return body + (" {" + ", ".join(notes) + "}" if notes else "")
+
+    def problems(
+        self, operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]
+    ) -> list[str]:
+        """Everything in which this rule does not fit the shapes of an op."""
+        found = []
+        for what, dims_of, shapes in (
+            ("operand", self.operands, operands),
+            ("result", self.results, results),
+        ):
+            if len(dims_of) != len(shapes):
+                found.append(f"{len(dims_of)} {what}s in the rule, {len(shapes)} given")
+                continue
+            for i, (dims, shape) in enumerate(zip(dims_of, shapes, strict=True)):
+                sizes = tuple(math.prod(self._index[n].size for n in d) for d in dims)
+                if sizes != tuple(shape):
+                    found.append(f"{what} {i}: factors give {sizes}, shape is {shape}")
+        for factor in self.factors:
+            if factor.kind not in KINDS:
+                found.append(f"factor {factor.name!r} has unknown kind {factor.kind!r}")
+        return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one op is sharded: factor -> digits handed to axes, and axis -> flow.
+
+    Strides count within the factor, not within a dimension that holds it.
+    """
+
+    splits: tuple[tuple[str, tuple[Split, ...]], ...] = ()
+    flows: tuple[tuple[str, int], ...] = ()
+
+    @staticmethod
+    def of(
+        splits: Mapping[str, Iterable[Split]] | None = None,
+        flows: Mapping[str, int] | None = None,
+    ) -> Choice:
+        """A choice in normal form.
+
+        >>> str(Choice.of({"i": [Split("d", 4)]}))
+        'i: d/4'
+        """
+        kept = {n: sorted_dim(s) for n, s in sorted((splits or {}).items())}
+        return Choice(
+            tuple((n, s) for n, s in kept.items() if s),
+            tuple(sorted((flows or {}).items())),
+        )
+
+    def on(self, name: str) -> tuple[Split, ...]:
+        """The digits of factor ``name`` that are handed to axes."""
+        return dict(self.splits).get(name, ())
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(s.axis for _, d in self.splits for s in d) + tuple(
+            axis for axis, _ in self.flows
+        )
+
+    def without(self, axis: str) -> Choice:
+        return Choice.of(
+            {n: tuple(s for s in d if s.axis != axis) for n, d in self.splits},
+            {a: flow for a, flow in self.flows if a != axis},
+        )
+
+    def with_split(self, name: str, split: Split) -> Choice:
+        splits = dict(self.splits)
+        splits[name] = (*splits.get(name, ()), split)
+        return Choice.of(splits, dict(self.flows))
+
+    def with_flow(self, axis: str, flow: int) -> Choice:
+        return Choice.of(dict(self.splits), {**dict(self.flows), axis: flow})
+
+    def __str__(self) -> str:
+        pieces = [
+            f"{n}: " + ".".join(f"{s.axis}/{s.stride}" for s in dim)
+            for n, dim in self.splits
+        ]
+        pieces += [f"~{flow}: {axis}" for axis, flow in self.flows]
+        return "; ".join(pieces) or "whole"
+
+
+def parse_choice(text: str) -> Choice:
+    """The inverse of ``str(choice)``.
+
+    >>> str(parse_choice("i: d/4; ~0: t"))
+    'i: d/4; ~0: t'
+    """
+    splits: dict[str, list[Split]] = {}
+    flows: dict[str, int] = {}
+    for piece in text.split("; ") if text != "whole" else []:
+        name, _, value = piece.partition(": ")
+        if name.startswith("~"):
+            flows[value] = int(name[1:])
+        else:
+            pairs = [p.split("/") for p in value.split(".")]
+            splits[name] = [Split(axis, int(stride)) for axis, stride in pairs]
+    return Choice.of(splits, flows)
+
+
+def layouts(
+    rule: Rule, choice: Choice
+) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
+    """The layouts of operands and results that ``choice`` implies.
+
+    A dimension is split at ``weight of the factor in it × stride in the factor``.
+    A split factor leaves ``operator`` partial in results that lack it, and a flow
+    makes its operands and results partial.
+    """
+    splits = dict(choice.splits)
+
+    def place(values: tuple[Dims, ...]) -> list[Layout]:
+        return [
+            Layout(
+                tuple(
+                    sorted_dim(
+                        Split(s.axis, s.stride * rule.weight(dim, name))
+                        for name in dim
+                        for s in splits.get(name, ())
+                    )
+                    for dim in dims
+                )
+            )
+            for dims in values
+        ]
+
+    operands, results = place(rule.operands), place(rule.results)
+    for name, digits in choice.splits:
+        factor = rule.factor(name)
+        for split in digits:
+            if factor.operator:
+                for i, dims in enumerate(rule.results):
+                    if not any(name in dim for dim in dims):
+                        results[i] = results[i].with_partial(
+                            split.axis, factor.operator
+                        )
+            for i in factor.addends:
+                operands[i] = operands[i].with_partial(split.axis, factor.operator)
+    for axis, number in choice.flows:
+        flow = rule.flows[number]
+        for i in flow.operands:
+            operands[i] = operands[i].with_partial(axis, flow.operator)
+        for i in flow.results:
+            results[i] = results[i].with_partial(axis, flow.operator)
+    return tuple(operands), tuple(results)
+
+
+def choice_problems(rule: Rule, choice: Choice, mesh: Mesh) -> list[str]:
+    """Everything that keeps ``choice`` from being carried out under ``rule``."""
+    found = []
+    axes = choice.axes
+    if len(set(axes)) != len(axes):
+        found.append(f"an axis is used twice: {choice}")
+    for name, digits in choice.splits:
+        if name not in rule._index:
+            found.append(f"no factor {name!r} in {rule.text}")
+            continue
+        factor = rule.factor(name)
+        traits = factor.traits
+        if not traits.split:
+            found.append(f"factor {name!r} is {factor.kind}: {traits.why}")
+        layout = Layout((digits,))
+        found += layout.problems((factor.size,), mesh)
+        ragged = padded_size(factor.size, digits, mesh) != factor.size
+        if ragged and (not traits.ragged or not _outermost(rule, name)):
+            found.append(
+                f"factor {name!r} of size {factor.size} is split unevenly, and as "
+                f"{factor.kind} factor (or inner part of a dimension) it can not be"
+            )
+        if not traits.strided and digits and not ragged:
+            whole = digits[0].stride * mesh.size(digits[0].axis) == factor.size
+            if not whole:
+                found.append(f"factor {name!r} is {factor.kind} and can not be strided")
+    for axis, number in choice.flows:
+        if not 0 <= number < len(rule.flows):
+            found.append(f"no flow {number} over {axis!r} in {rule.text}")
+    return found
+
+
+def follow(
+    rule: Rule, dims: Dims, dim: int, split: Split, size: int
+) -> tuple[str, Split] | None:
+    """The factor digit that a split of one operand's or result's dimension is.
+
+    ``size`` is the size of the split's axis. None where the digit does not lie in
+    one factor.
+    """
+    for name in dims[dim]:
+        weight = rule.weight(dims[dim], name)
+        top = rule.factor(name).size * weight
+        inner = split.stride % weight == 0 and split.stride * size <= top
+        ragged_top = name == dims[dim][0] and split.stride % weight == 0
+        if split.stride >= weight and (inner or (ragged_top and split.stride < top)):
+            return name, Split(split.axis, split.stride // weight)
+    return None
+
+
+def _outermost(rule: Rule, name: str) -> bool:
+    return all(
+        dim.index(name) == 0
+        for dims in (*rule.operands, *rule.results)
+        for dim in dims
+        if name in dim
+    )
+
+
+def _letters(names: Iterable[str]) -> dict[str, str]:
+    pool = iter("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    names = list(names)
+    if all(len(n) == 1 for n in names):
+        return {n: n for n in names}
+    return {n: next(pool, n) for n in names}
+
+
+_TOKEN = re.compile(r"\(([a-zA-Z]*)\)|([a-zA-Z])|(\s+)|(.)")
+
+
+def parse_rule(
+    text: str,
+    operands: Sequence[tuple[int, ...]],
+    results: Sequence[tuple[int, ...]],
+    kinds: Mapping[str, str] | None = None,
+    operators: Mapping[str, str] | None = None,
+    flows: Sequence[Flow] = (),
+) -> Rule:
+    """A rule from the einsum-like notation and the shapes of an op.
+
+    A factor in no result is a sum reduction unless ``kinds``/``operators`` say
+    otherwise. Raises :class:`RuleError` with a caret under the fault.
+
+    >>> parse_rule("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)], [(2, 3, 5)]).text
+    'bij,bjk->bik {j:reduction=sum}'
+    """
+    if text.count("->") != 1:
+        raise RuleError(f"a rule needs one '->':\n  {text}")
+    left, right = text.split("->")
+    sides = []
+    for side, start, shapes in (
+        (left, 0, operands),
+        (right, len(left) + 2, results),
+    ):
+        values = side.split(",") if side or len(shapes) else []
+        if len(values) != len(shapes):
+            raise RuleError(
+                f"{len(values)} terms for {len(shapes)} shapes:\n  {text}\n  "
+                + " " * start
+                + "^"
+            )
+        parsed = []
+        for value in values:
+            parsed.append(_parse_dims(value, text, start))
+            start += len(value) + 1
+        sides.append(tuple(parsed))
+    sizes = _sizes(sides[0] + sides[1], (*operands, *results), text)
+    in_results = {n for dims in sides[1] for dim in dims for n in dim}
+    factors = []
+    for name, size in sizes.items():
+        kind = (kinds or {}).get(name, PARALLEL if name in in_results else REDUCTION)
+        default = "sum" if kind in (REDUCTION, INDEXED) else ""
+        if name in in_results:
+            default = ""
+        operator = (operators or {}).get(name, default)
+        factors.append(Factor(name, size, kind, operator))
+    rule = Rule(tuple(factors), sides[0], sides[1], tuple(flows))
+    found = rule.problems(operands, results)
+    if found:
+        raise RuleError("the rule does not fit the shapes:\n  " + "\n  ".join(found))
+    return rule
+
+
+def _parse_dims(value: str, text: str, start: int) -> Dims:
+    dims: list[tuple[str, ...]] = []
+    for match in _TOKEN.finditer(value):
+        group, letter, _, bad = match.groups()
+        if bad:
+            caret = " " * (start + match.start()) + "^"
+            raise RuleError(f"unexpected {bad!r} in a rule:\n  {text}\n  {caret}")
+        if group is not None:
+            dims.append(tuple(group))
+        elif letter:
+            dims.append((letter,))
+    return tuple(dims)
+
+
+def _sizes(
+    values: Sequence[Dims], shapes: Sequence[tuple[int, ...]], text: str
+) -> dict[str, int]:
+    order = list(dict.fromkeys(n for dims in values for dim in dims for n in dim))
+    known: dict[str, int] = {}
+    for _ in range(len(order) + 1):
+        for dims, shape in zip(values, shapes, strict=True):
+            if len(dims) != len(shape):
+                raise RuleError(
+                    f"{len(dims)} dimensions in a term for shape {shape}:\n  {text}"
+                )
+            for dim, n in zip(dims, shape, strict=True):
+                unknown = [name for name in dim if name not in known]
+                if len(unknown) == 1:
+                    rest = math.prod(known[name] for name in dim if name in known)
+                    known[unknown[0]] = n // max(rest, 1)
+    missing = [name for name in order if name not in known]
+    if missing:
+        raise RuleError(f"no size follows for factors {missing}:\n  {text}")
+    return {name: known[name] for name in order}

@@ -1,0 +1,56 @@
+"""The collectives a plan writes, as data.
+
+A :class:`Step` moves every shard of one value over one group of axes; a
+:class:`Move` is the sequence of steps that takes a value from one layout to another.
+:mod:`rhino_jax.cost.reshard` finds the cheapest sequence, :mod:`rhino_jax.lower`
+carries it out, and nobody else talks between devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rhino_jax.ir.layout import Layout
+
+ALL_REDUCE = "all_reduce"
+REDUCE_SCATTER = "reduce_scatter"
+ALL_GATHER = "all_gather"
+ALL_TO_ALL = "all_to_all"
+PERMUTE = "permute"
+SLICE = "slice"
+MASK = "mask"
+EMBED = "embed"
+
+FREE = (SLICE, MASK, EMBED)
+"""Steps that send nothing: keep one's own part; be zero but on the first shard;
+put one's own part into zeros, as one term of a sum."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One move of a value along one or more axes, from one layout to the next.
+
+    ``source`` and ``target`` differ on ``axes`` only. ``wire_bytes`` is what each
+    device sends, by the one counter of the house: all-gather out·(n-1)/n, all-reduce
+    2B(n-1)/n, reduce-scatter in·(n-1)/n, all-to-all B(n-1)/n, permute B.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    source: Layout
+    target: Layout
+    wire_bytes: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """A value taken from one layout to another by an explicit sequence of steps."""
+
+    value: int
+    source: Layout
+    target: Layout
+    steps: tuple[Step, ...]
+
+    @property
+    def wire_bytes(self) -> int:
+        return sum(step.wire_bytes for step in self.steps)

@@ -1,0 +1,1 @@
+"""From Program and Plan to a compiled program: the JAX half of Rhino."""

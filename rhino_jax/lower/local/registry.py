@@ -1,0 +1,58 @@
+"""The table of all local forms, and the one way to run them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from rhino_jax.lower.local import contraction, elementwise, reduction, shape
+from rhino_jax.lower.local.shard import LocalFn, Shard, as_it_stands
+from rhino_jax.lower.reshard import neutral
+
+FAMILIES: tuple[ModuleType, ...] = (elementwise, contraction, reduction, shape)
+
+
+def _merged() -> Mapping[str, LocalFn]:
+    table: dict[str, LocalFn] = {}
+    for family in FAMILIES:
+        for kind, form in family.LOCALS.items():
+            assert kind not in table, f"two local forms for {kind!r}"
+            table[kind] = form
+    return table
+
+
+LOCALS: Mapping[str, LocalFn] = _merged()
+
+
+def run_local(shard: Shard, args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The results of one op on one shard.
+
+    Pads of operands along a ragged reduction are filled with the neutral element
+    first, so no local form has to think of them. An op with no local form, or whose
+    choice splits nothing, runs as the primitive itself.
+    """
+    split_something = any(axis for _, axis in shard.choice.splits)
+    form = LOCALS.get(shard.op.kind, as_it_stands) if split_something else as_it_stands
+    out = form(shard, *_filled(shard, args))
+    return tuple(out) if isinstance(out, list | tuple) else (out,)
+
+
+def _filled(shard: Shard, args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Operands with the pads of ragged reduction factors made neutral."""
+    ragged = [f for f in shard.rule.factors if f.operator and shard.is_ragged(f.name)]
+    filled = list(args)
+    for factor in ragged:
+        inside = shard.index(factor.name) < factor.size
+        for i, dims in enumerate(shard.rule.operands):
+            for d, dim in enumerate(dims):
+                if factor.name in dim:
+                    assert dim == (factor.name,), "a ragged factor inside a product"
+                    keep = jnp.expand_dims(
+                        inside, [k for k in range(len(dims)) if k != d]
+                    )
+                    fill = neutral(factor.operator, filled[i].dtype)
+                    filled[i] = jnp.where(keep, filled[i], fill)
+    return tuple(filled)

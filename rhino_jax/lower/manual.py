@@ -1,0 +1,174 @@
+"""The step as one manual program: the plan, carried out.
+
+The whole Program runs inside one ``jax.shard_map`` that is manual over every axis of
+the mesh. Each op runs on its shard by its local form, in the layout its choice says;
+between ops stand the moves of the plan, and there is no other communication. Partial
+values are plain local arrays that nobody has summed yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+
+from rhino_jax import compat
+from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
+from rhino_jax.ir.factors import Rule
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.steps import Move
+from rhino_jax.lower.local import run_local
+from rhino_jax.lower.local.shard import Shard
+from rhino_jax.lower.reshard import run_move
+from rhino_jax.rules import rule_of
+
+Arrays = Sequence[jax.Array]
+
+
+@dataclass
+class _Frame:
+    """The values of one Program while it runs: each in the layouts it is at hand in."""
+
+    program: Program
+    mesh: Mesh
+    versions: dict[int, dict[Layout, jax.Array]]
+
+    def put(self, value: int, layout: Layout, array: jax.Array) -> None:
+        self.versions.setdefault(value, {})[layout] = array
+
+    def get(self, value: int, layout: Layout) -> jax.Array:
+        literal = self.program.values[value].literal
+        if literal is not None and layout.partial == ():
+            return _literal(self.program, value)
+        held = self.versions[value]
+        assert layout in held, (
+            f"value %{value} is wanted as {layout}, "
+            f"at hand as {', '.join(map(str, held))}"
+        )
+        return held[layout]
+
+    def move(self, move: Move) -> None:
+        source = self.get(move.value, move.source)
+        shape = self.program.values[move.value].shape
+        self.put(move.value, move.target, run_move(source, shape, move, self.mesh))
+
+
+def _literal(program: Program, value: int) -> jax.Array:
+    v = program.values[value]
+    return compat.literal(v.literal, v.dtype, v.weak)
+
+
+def run(
+    program: Program, assignment: Assignment, mesh: Mesh, args: Arrays
+) -> list[jax.Array]:
+    """Run ``program`` on local shards, inside a ``shard_map`` over ``mesh``."""
+    frame = _Frame(program, mesh, {})
+    for value, layout, array in zip(
+        program.inputs, assignment.inputs, args, strict=True
+    ):
+        frame.put(value, layout, array)
+    for op, plan in zip(program.ops, assignment.ops, strict=True):
+        with compat.as_written(op.source):
+            _run_op(frame, op, plan)
+    for move in assignment.final:
+        frame.move(move)
+    return [
+        frame.get(value, layout)
+        for value, layout in zip(program.outputs, assignment.outputs, strict=True)
+    ]
+
+
+def _run_op(frame: _Frame, op: Op, plan: OpPlan) -> None:
+    program = frame.program
+    for move in plan.before:
+        frame.move(move)
+    rule: Rule | None = None if op.programs else rule_of(program, op)
+    wanted, given = boundary(program, op, plan, rule)
+    args = tuple(
+        frame.get(value, layout)
+        for value, layout in zip(op.operands, wanted, strict=True)
+    )
+    if rule is None:
+        outs = _CONTROL[op.kind](frame.mesh, op, plan, args)
+    else:
+        shard = Shard(
+            op,
+            rule,
+            plan.choice,
+            frame.mesh,
+            program.operand_values(op),
+            program.result_values(op),
+        )
+        outs = run_local(shard, args)
+    for value, layout, array in zip(op.results, given, outs, strict=True):
+        frame.put(value, layout, array)
+    for move in plan.after:
+        frame.move(move)
+
+
+def _body(mesh: Mesh, program: Program, assignment: Assignment) -> Callable[..., Any]:
+    return lambda *args: run(program, assignment, mesh, args)
+
+
+def _scan(mesh: Mesh, op: Op, plan: OpPlan, args: Arrays) -> Arrays:
+    (program,), (inner,) = op.programs, plan.inner
+    consts, carry = op.param["num_consts"], op.param["num_carry"]
+    body = _body(mesh, program, inner)
+
+    def step(held: tuple[jax.Array, ...], xs: tuple[jax.Array, ...]) -> Any:
+        outs = body(*args[:consts], *held, *xs)
+        return tuple(outs[:carry]), tuple(outs[carry:])
+
+    held, ys = lax.scan(
+        step,
+        tuple(args[consts : consts + carry]),
+        tuple(args[consts + carry :]),
+        length=op.param["length"],
+        reverse=op.param["reverse"],
+        unroll=op.param["unroll"],
+    )
+    return [*held, *ys]
+
+
+def _while(mesh: Mesh, op: Op, plan: OpPlan, args: Arrays) -> Arrays:
+    split = op.param["cond_nconsts"]
+    consts = op.param["body_nconsts"]
+    test = _body(mesh, op.programs[0], plan.inner[0])
+    body = _body(mesh, op.programs[1], plan.inner[1])
+    out = lax.while_loop(
+        lambda held: test(*args[:split], *held)[0],
+        lambda held: tuple(body(*args[split : split + consts], *held)),
+        tuple(args[split + consts :]),
+    )
+    return list(out)
+
+
+def _cond(mesh: Mesh, op: Op, plan: OpPlan, args: Arrays) -> Arrays:
+    branches = [
+        _body(mesh, program, inner)
+        for program, inner in zip(op.programs, plan.inner, strict=True)
+    ]
+    index, rest = args[0], args[1:]
+    return lax.switch(index.astype("int32"), branches, *rest)
+
+
+def _remat(mesh: Mesh, op: Op, plan: OpPlan, args: Arrays) -> Arrays:
+    body = _body(mesh, op.programs[0], plan.inner[0])
+    # Bound again rather than wrapped in jax.checkpoint, which would forget that the
+    # equation is already differentiated, and with that its barriers.
+    closed = jax.make_jaxpr(body)(*compat.local_avals(args))
+    jaxpr, consts = compat.without_constants(closed)
+    return compat.bind(op.source, (*consts, *args), {"jaxpr": jaxpr})
+
+
+_CONTROL: dict[str, Callable[[Mesh, Op, OpPlan, Arrays], Arrays]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "remat2": _remat,
+}

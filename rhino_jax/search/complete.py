@@ -1,0 +1,350 @@
+"""A complete plan from the layouts of inputs and outputs: follow, op by op.
+
+This is the plan a person writes when they place the parameters and the batch: every
+op follows what it reads (:mod:`rhino_jax.search.follow`), partial values are settled
+where a second reader or a non-linear op wants them, and moves are written where
+layouts differ. No op is weighed against one far away; that is the search's work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
+from rhino_jax.ir.factors import Rule
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.steps import Move
+from rhino_jax.rules import RULES, rule_of
+from rhino_jax.search.follow import choose
+from rhino_jax.search.hints import backward_hints, pulled
+from rhino_jax.search.state import Marks, State
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is given of one Program: its boundary, the mesh, and the axes' roles.
+
+    An output that is None is given as it comes: settled, or still partial where
+    ``may_stay_partial`` says so.
+    """
+
+    mesh: Mesh
+    data_axes: tuple[str, ...]
+    inputs: tuple[Layout, ...]
+    outputs: tuple[Layout | None, ...]
+    marks: tuple[Marks, ...] = ()
+    hints: tuple[Layout | None, ...] = ()
+    may_stay_partial: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A complete Assignment, and what every value was read as."""
+
+    assignment: Assignment
+    reads: Mapping[int, frozenset[Layout]]
+
+
+def complete(program: Program, request: Request) -> Completed:
+    """Choices and moves for every op of ``program``.
+
+    Runs twice: values that every reader only sliced in the first run are made as
+    those slices in the second.
+    """
+    goals = request.hints or request.outputs
+    seeds = {
+        value: goal
+        for value, goal in zip(program.outputs, goals, strict=True)
+        if goal is not None
+    }
+    hints = backward_hints(program, seeds, request.mesh)
+    first = _Run(program, request, hints).run()
+    sliced = pulled(program, first.reads, first.assignment, request.mesh)
+    if not sliced:
+        return first
+    hints = backward_hints(program, {**sliced, **seeds}, request.mesh)
+    return _Run(program, request, hints).run()
+
+
+class _Run:
+    """One pass over one Program, in order."""
+
+    def __init__(
+        self, program: Program, request: Request, hints: Mapping[int, Layout]
+    ) -> None:
+        self.program = program
+        self.request = request
+        marks = request.marks or (Marks(),) * len(program.inputs)
+        self.state = State(
+            program, request.mesh, dict(zip(program.inputs, marks, strict=True)), hints
+        )
+        for value, layout in zip(program.inputs, request.inputs, strict=True):
+            self.state.put(value, layout)
+        self.reads: dict[int, set[Layout]] = {}
+
+    def run(self) -> Completed:
+        plans = tuple(self._op(op) for op in self.program.ops)
+        final: list[Move] = []
+        outputs = []
+        for i, value in enumerate(self.program.outputs):
+            goal = self.request.outputs[i]
+            home = self.state.home(value)
+            if goal is None:
+                stays = i in self.request.may_stay_partial
+                goal = home if stays else self._settled_goal(value)
+            move = self._read(value, goal, "final")
+            if move:
+                final.append(move)
+            outputs.append(goal)
+        assignment = Assignment(
+            self.request.inputs, tuple(outputs), plans, tuple(final)
+        )
+        reads = {v: frozenset(seen) for v, seen in self.reads.items()}
+        return Completed(assignment, reads)
+
+    def _read(self, value: int, layout: Layout, region: str) -> Move | None:
+        self.reads.setdefault(value, set()).add(layout)
+        return self.state.read(value, layout, region)
+
+    def _op(self, op: Op) -> OpPlan:
+        if op.programs:
+            return self._finish(op, None, CONTROL[op.kind](self, op))
+        rule = rule_of(self.program, op)
+        note = "" if op.kind in RULES else "no rule: run whole"
+        choice = choose(self.state, op, rule, self.request.data_axes)
+        return self._finish(op, rule, OpPlan(choice, note=note))
+
+    def _finish(self, op: Op, rule: Rule | None, plan: OpPlan) -> OpPlan:
+        """Write the moves of operands and results, and note what came out."""
+        wanted, given = boundary(self.program, op, plan, rule)
+        region = "backward" if "transpose(" in op.where.name_stack else "forward"
+        before = [
+            move
+            for value, layout in zip(op.operands, wanted, strict=True)
+            if (move := self._read(value, layout, region))
+        ]
+        self._mark_results(op)
+        after = []
+        for value, layout in zip(op.results, given, strict=True):
+            self.state.put(value, layout)
+            if layout.partial and not self._may_flow_on(value, layout):
+                after.append(self.state.settle(value, self._settled_goal(value)))
+        return replace(plan, before=tuple(before), after=tuple(after))
+
+    def _mark_results(self, op: Op) -> None:
+        marks = [self.state.mark(v) for v in op.operands]
+        batch = any(m.batch for m in marks)
+        arrays = [
+            m
+            for m, v in zip(marks, op.operands, strict=True)
+            if self.program.values[v].shape
+        ]
+        keep = (
+            frozenset.intersection(*(m.keep for m in arrays)) if arrays else frozenset()
+        )
+        for value in op.results:
+            self.state.marks[value] = Marks(batch, frozenset() if batch else keep)
+
+    def _settled_goal(self, value: int) -> Layout:
+        """Where a partial value is brought: the wished layout, or all-reduced."""
+        home = self.state.home(value)
+        goal = home.settled()
+        hint = self.state.hints.get(value)
+        if hint is None:
+            return goal
+        for axis, operator in home.partial:
+            where = hint.find(axis)
+            if where and operator == "sum":
+                tried = goal.with_split(*where)
+                shape = self.program.values[value].shape
+                if not tried.problems(shape, self.request.mesh):
+                    goal = tried
+        return goal
+
+    def _may_flow_on(self, value: int, layout: Layout) -> bool:
+        """A partial value stays so when its one reader is linear in it."""
+        uses = self.program.uses.get(value, ())
+        is_output = value in self.program.outputs
+        if is_output and not uses:
+            index = self.program.outputs.index(value)
+            return index in self.request.may_stay_partial
+        if is_output or len(uses) != 1:
+            return False
+        reader = self.program.ops[uses[0]]
+        if reader.programs or reader.operands.count(value) != 1:
+            return False
+        position = reader.operands.index(value)
+        rule = rule_of(self.program, reader)
+        return all(
+            any(
+                flow.operator == operator
+                and position in flow.operands
+                and self._others_may_flow(reader, flow.operands, position, axis)
+                for flow in rule.flows
+            )
+            for axis, operator in layout.partial
+        )
+
+    def _others_may_flow(
+        self, reader: Op, operands: tuple[int, ...], position: int, axis: str
+    ) -> bool:
+        for i in operands:
+            value = reader.operands[i]
+            if i == position or self.state.mark(value).free:
+                continue
+            if value in self.state.homes:
+                if self.state.home(value).operator(axis) is None:
+                    return False
+            elif self.program.values[value].literal is not None:
+                return False
+        return True
+
+
+def _body(run: _Run, program: Program, request: Request) -> Completed:
+    return complete(program, request)
+
+
+def _entering(run: _Run, values: tuple[int, ...]) -> tuple[Layout, ...]:
+    return tuple(run.state.home(v).settled() for v in values)
+
+
+def _marks(run: _Run, values: tuple[int, ...]) -> tuple[Marks, ...]:
+    return tuple(run.state.mark(v) for v in values)
+
+
+def _call(run: _Run, op: Op) -> OpPlan:
+    """Rematerialization: inputs as they come, outputs as they come."""
+    (program,) = op.programs
+    request = Request(
+        run.request.mesh,
+        run.request.data_axes,
+        _entering(run, op.operands),
+        (None,) * len(op.results),
+        _marks(run, op.operands),
+        tuple(run.state.hints.get(v) for v in op.results),
+        frozenset(range(len(op.results))),
+    )
+    return OpPlan(inner=(_body(run, program, request).assignment,))
+
+
+def _cond(run: _Run, op: Op) -> OpPlan:
+    """Every branch gives what the first one gives."""
+    inner = []
+    outputs: tuple[Layout | None, ...] = (None,) * len(op.results)
+    for program in op.programs:
+        request = Request(
+            run.request.mesh,
+            run.request.data_axes,
+            _entering(run, op.operands[1:]),
+            outputs,
+            _marks(run, op.operands[1:]),
+            tuple(run.state.hints.get(v) for v in op.results),
+        )
+        done = _body(run, program, request).assignment
+        outputs = tuple(done.outputs)
+        inner.append(done)
+    return OpPlan(inner=tuple(inner))
+
+
+def _while(run: _Run, op: Op) -> OpPlan:
+    split, consts = op.param["cond_nconsts"], op.param["body_nconsts"]
+    carry = _entering(run, op.operands[split + consts :])
+    marks = _marks(run, op.operands)
+    base = Request(run.request.mesh, run.request.data_axes, (), ())
+    test = replace(
+        base,
+        inputs=_entering(run, op.operands[:split]) + carry,
+        outputs=(Layout.replicated(0),),
+        marks=marks[:split] + marks[split + consts :],
+    )
+    body = replace(
+        base,
+        inputs=_entering(run, op.operands[split : split + consts]) + carry,
+        outputs=carry,
+        marks=marks[split:],
+    )
+    done = [
+        _body(run, program, request).assignment
+        for program, request in zip(op.programs, (test, body), strict=True)
+    ]
+    return OpPlan(inner=tuple(done))
+
+
+def _scan(run: _Run, op: Op) -> OpPlan:
+    """Find carries that come out as they go in, and moves that leave the loop."""
+    (program,) = op.programs
+    consts, carry = op.param["num_consts"], op.param["num_carry"]
+    entering = list(_entering(run, op.operands))
+    for i in range(consts + carry, len(entering)):
+        entering[i] = (
+            entering[i].without(s.axis for s in entering[i].dims[0]).dropped_first()
+        )
+    marks = list(_marks(run, op.operands))
+    batch = any(m.batch for m in marks)
+    sums = accumulators(program, consts, carry)
+    for i in range(carry):
+        at = consts + i
+        marks[at] = replace(marks[at], batch=marks[at].batch or batch)
+    hints = [run.state.hints.get(v) for v in op.results]
+    stacked = tuple(h.dropped_first() if h else None for h in hints[carry:])
+    request = Request(
+        run.request.mesh,
+        run.request.data_axes,
+        tuple(entering),
+        (None,) * len(program.outputs),
+        tuple(replace(m, free=i - consts in sums) for i, m in enumerate(marks)),
+        (*(None,) * carry, *stacked),
+        sums,
+    )
+    for _ in range(4):
+        done = _body(run, program, request)
+        inputs = list(request.inputs)
+        for i in range(carry):
+            out = done.assignment.outputs[i]
+            start = run.state.home(op.operands[consts + i])
+            if run.state.cost(op.operands[consts + i], start, out) == 0:
+                inputs[consts + i] = out
+        for i in range(consts):
+            inputs[i] = _hoisted(program, done, i, inputs[i])
+        same = tuple(inputs) == request.inputs
+        request = replace(request, inputs=tuple(inputs), marks=tuple(marks))
+        if same:
+            break
+    forced = request.inputs[consts : consts + carry]
+    request = replace(
+        request,
+        outputs=(*forced, *(None,) * (len(program.outputs) - carry)),
+        hints=(*forced, *stacked),
+        may_stay_partial=frozenset(),
+    )
+    return OpPlan(inner=(_body(run, program, request).assignment,))
+
+
+def _hoisted(program: Program, done: Completed, index: int, now: Layout) -> Layout:
+    """A loop constant that every reader wants elsewhere enters the loop there."""
+    wanted = done.reads.get(program.inputs[index], frozenset())
+    if len(wanted) == 1:
+        (target,) = wanted
+        return target if not target.partial else now
+    return now
+
+
+def accumulators(program: Program, consts: int, carry: int) -> frozenset[int]:
+    """Carries that the body only adds something to: they may stay partial."""
+    found = set()
+    for i in range(carry):
+        value, out = program.inputs[consts + i], program.outputs[i]
+        uses = program.uses.get(value, ())
+        if len(uses) != 1 or program.outputs.count(out) != 1:
+            continue
+        op = program.ops[uses[0]]
+        adds = op.kind in ("add", "add_any") and op.operands.count(value) == 1
+        if adds and op.results == (out,) and out not in program.uses:
+            found.add(i)
+    return frozenset(found)
+
+
+CONTROL = {"scan": _scan, "while": _while, "cond": _cond, "remat2": _call}

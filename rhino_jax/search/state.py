@@ -1,0 +1,90 @@
+"""What is known of the values of one Program while a plan for it is completed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from rhino_jax.cost.reshard import route, wire_bytes
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program
+from rhino_jax.ir.steps import FREE, Move
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Facts about one value that decide what an op follows.
+
+    ``batch``: it descends from the batch. ``keep``: axes on which it is a stationary
+    weight, which ops must follow. ``free``: it takes whatever layout is asked of it
+    (the carry of an accumulator, before its layout is known).
+    """
+
+    batch: bool = False
+    keep: frozenset[str] = frozenset()
+    free: bool = False
+
+
+@dataclass
+class State:
+    """Layouts at hand per value, marks, hints, and the moves written so far."""
+
+    program: Program
+    mesh: Mesh
+    marks: dict[int, Marks]
+    hints: Mapping[int, Layout]
+    versions: dict[int, dict[Layout, str]] = field(default_factory=dict)
+    homes: dict[int, Layout] = field(default_factory=dict)
+
+    def home(self, value: int) -> Layout:
+        """The layout of ``value`` where it was made (or first settled)."""
+        if self.program.values[value].literal is not None:
+            return Layout.replicated(len(self.program.values[value].shape))
+        return self.homes[value]
+
+    def put(self, value: int, layout: Layout) -> None:
+        self.homes[value] = layout
+        self.versions[value] = {layout: ""}
+
+    def mark(self, value: int) -> Marks:
+        return self.marks.get(value, Marks())
+
+    def cost(self, value: int, source: Layout, target: Layout) -> int:
+        v = self.program.values[value]
+        return wire_bytes(v.shape, v.dtype, source, target, self.mesh)
+
+    def read(self, value: int, target: Layout, region: str) -> Move | None:
+        """The move that brings ``value`` to ``target``, if it is not at hand there.
+
+        What was moved in another region (forward, backward) is moved again: a
+        gathered weight is not kept from the forward to the backward pass.
+        """
+        v = self.program.values[value]
+        if v.literal is not None and not target.partial:
+            return None
+        home = self.home(value)
+        held = self.versions.setdefault(value, {home: ""})
+        if target == home or held.get(target) == region:
+            return None
+        near = [s for s, where in held.items() if s == home or where == region]
+        source = min(near, key=lambda s: (self.cost(value, s, target), s != home))
+        held[target] = region
+        steps = route(v.shape, v.dtype, source, target, self.mesh)
+        return Move(value, source, target, steps)
+
+    def settle(self, value: int, target: Layout) -> Move:
+        """Move ``value`` right after it is made; ``target`` is its home from now."""
+        v = self.program.values[value]
+        source = self.homes[value]
+        steps = route(v.shape, v.dtype, source, target, self.mesh)
+        self.put(value, target)
+        return Move(value, source, target, steps)
+
+    def set_mark(self, value: int, **changed: object) -> None:
+        self.marks[value] = replace(self.mark(value), **changed)  # type: ignore[arg-type]
+
+
+def is_free(move: Move) -> bool:
+    """Whether a move sends nothing."""
+    return all(step.kind in FREE for step in move.steps)
