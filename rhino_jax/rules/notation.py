@@ -24,17 +24,25 @@ def plain(factors: Iterable[str]) -> Dims:
 def elementwise(
     reads: Sequence[Value], makes: Sequence[Value], flows: Sequence[Flow] = ()
 ) -> Rule:
-    """Every dimension a parallel factor of its own; scalars take no part.
+    """Every dimension a parallel factor of its own.
 
-    Operands are of the results' shape or scalars.
+    Scalars take no part, nor do dimensions of size 1 that stretch over the result's.
     """
     shape = makes[0].shape if makes else reads[0].shape
     letters = names("i", len(shape))
-    dims = plain(letters)
+
+    def dims(value: Value) -> Dims:
+        if not value.shape:
+            return ()
+        return tuple(
+            (name,) if n == size else ()
+            for name, n, size in zip(letters, value.shape, shape, strict=True)
+        )
+
     return Rule(
         tuple(Factor(n, size) for n, size in zip(letters, shape, strict=True)),
-        tuple(dims if value.shape == shape else () for value in reads),
-        tuple(dims for _ in makes),
+        tuple(dims(value) for value in reads),
+        tuple(dims(value) for value in makes),
         tuple(flows),
     )
 

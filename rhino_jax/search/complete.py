@@ -38,14 +38,17 @@ class Request:
     marks: tuple[Marks, ...] = ()
     hints: tuple[Layout | None, ...] = ()
     may_stay_partial: frozenset[int] = frozenset()
+    expert_axes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Completed:
-    """A complete Assignment, and what every value was read as."""
+    """A complete Assignment, what every value was read as, and the layouts wished
+    for open inputs (by position)."""
 
     assignment: Assignment
     reads: Mapping[int, frozenset[Layout]]
+    wishes: Mapping[int, Layout]
 
 
 def complete(program: Program, request: Request) -> Completed:
@@ -79,7 +82,11 @@ class _Run:
         self.request = request
         marks = request.marks or (Marks(),) * len(program.inputs)
         self.state = State(
-            program, request.mesh, dict(zip(program.inputs, marks, strict=True)), hints
+            program,
+            request.mesh,
+            dict(zip(program.inputs, marks, strict=True)),
+            hints,
+            expert_axes=request.expert_axes,
         )
         for value, layout in zip(program.inputs, request.inputs, strict=True):
             self.state.put(value, layout)
@@ -103,7 +110,19 @@ class _Run:
             self.request.inputs, tuple(outputs), plans, tuple(final)
         )
         reads = {v: frozenset(seen) for v, seen in self.reads.items()}
-        return Completed(assignment, reads)
+        return Completed(assignment, reads, self._wishes())
+
+    def _wishes(self) -> Mapping[int, Layout]:
+        """Wishes for open inputs, carried up from the values that were read."""
+        if not self.state.wishes:
+            return {}
+        found = backward_hints(self.program, self.state.wishes, self.request.mesh)
+        marks = self.request.marks or (Marks(),) * len(self.program.inputs)
+        return {
+            i: found[v].without(set(found[v].axes) - mark.open)
+            for i, (v, mark) in enumerate(zip(self.program.inputs, marks, strict=True))
+            if mark.open and v in found and mark.open.intersection(found[v].axes)
+        }
 
     def _read(self, value: int, layout: Layout, region: str) -> Move | None:
         self.reads.setdefault(value, set()).add(layout)
@@ -121,6 +140,8 @@ class _Run:
         """Write the moves of operands and results, and note what came out."""
         wanted, given = boundary(self.program, op, plan, rule)
         region = "backward" if "transpose(" in op.where.name_stack else "forward"
+        for value, layout in zip(op.operands, wanted, strict=True):
+            self.state.wish(value, layout)
         before = [
             move
             for value, layout in zip(op.operands, wanted, strict=True)
@@ -142,11 +163,13 @@ class _Run:
             for m, v in zip(marks, op.operands, strict=True)
             if self.program.values[v].shape
         ]
-        keep = (
-            frozenset.intersection(*(m.keep for m in arrays)) if arrays else frozenset()
-        )
+        keep: frozenset[str] = frozenset()
+        still: frozenset[str] = frozenset()
+        if arrays and not batch:
+            keep = frozenset.intersection(*(m.keep for m in arrays))
+            still = frozenset.intersection(*(m.open for m in arrays))
         for value in op.results:
-            self.state.marks[value] = Marks(batch, frozenset() if batch else keep)
+            self.state.marks[value] = Marks(batch, keep, open=still)
 
     def _settled_goal(self, value: int) -> Layout:
         """Where a partial value is brought: the wished layout, or all-reduced."""
@@ -218,16 +241,18 @@ def _marks(run: _Run, values: tuple[int, ...]) -> tuple[Marks, ...]:
 def _call(run: _Run, op: Op) -> OpPlan:
     """Rematerialization: inputs as they come, outputs as they come."""
     (program,) = op.programs
-    request = Request(
-        run.request.mesh,
-        run.request.data_axes,
-        _entering(run, op.operands),
-        (None,) * len(op.results),
-        _marks(run, op.operands),
-        tuple(run.state.hints.get(v) for v in op.results),
-        frozenset(range(len(op.results))),
+    request = replace(
+        run.request,
+        inputs=_entering(run, op.operands),
+        outputs=(None,) * len(op.results),
+        marks=_marks(run, op.operands),
+        hints=tuple(run.state.hints.get(v) for v in op.results),
+        may_stay_partial=frozenset(range(len(op.results))),
     )
-    return OpPlan(inner=(_body(run, program, request).assignment,))
+    done = _body(run, program, request)
+    for i, layout in done.wishes.items():
+        run.state.wish(op.operands[i], layout)
+    return OpPlan(inner=(done.assignment,))
 
 
 def _cond(run: _Run, op: Op) -> OpPlan:
@@ -235,13 +260,13 @@ def _cond(run: _Run, op: Op) -> OpPlan:
     inner = []
     outputs: tuple[Layout | None, ...] = (None,) * len(op.results)
     for program in op.programs:
-        request = Request(
-            run.request.mesh,
-            run.request.data_axes,
-            _entering(run, op.operands[1:]),
-            outputs,
-            _marks(run, op.operands[1:]),
-            tuple(run.state.hints.get(v) for v in op.results),
+        request = replace(
+            run.request,
+            inputs=_entering(run, op.operands[1:]),
+            outputs=outputs,
+            marks=_marks(run, op.operands[1:]),
+            hints=tuple(run.state.hints.get(v) for v in op.results),
+            may_stay_partial=frozenset(),
         )
         done = _body(run, program, request).assignment
         outputs = tuple(done.outputs)
@@ -253,7 +278,7 @@ def _while(run: _Run, op: Op) -> OpPlan:
     split, consts = op.param["cond_nconsts"], op.param["body_nconsts"]
     carry = _entering(run, op.operands[split + consts :])
     marks = _marks(run, op.operands)
-    base = Request(run.request.mesh, run.request.data_axes, (), ())
+    base = replace(run.request, hints=(), may_stay_partial=frozenset())
     test = replace(
         base,
         inputs=_entering(run, op.operands[:split]) + carry,
@@ -290,14 +315,13 @@ def _scan(run: _Run, op: Op) -> OpPlan:
         marks[at] = replace(marks[at], batch=marks[at].batch or batch)
     hints = [run.state.hints.get(v) for v in op.results]
     stacked = tuple(h.dropped_first() if h else None for h in hints[carry:])
-    request = Request(
-        run.request.mesh,
-        run.request.data_axes,
-        tuple(entering),
-        (None,) * len(program.outputs),
-        tuple(replace(m, free=i - consts in sums) for i, m in enumerate(marks)),
-        (*(None,) * carry, *stacked),
-        sums,
+    request = replace(
+        run.request,
+        inputs=tuple(entering),
+        outputs=(None,) * len(program.outputs),
+        marks=tuple(replace(m, free=i - consts in sums) for i, m in enumerate(marks)),
+        hints=(*(None,) * carry, *stacked),
+        may_stay_partial=sums,
     )
     for _ in range(4):
         done = _body(run, program, request)
@@ -320,7 +344,11 @@ def _scan(run: _Run, op: Op) -> OpPlan:
         hints=(*forced, *stacked),
         may_stay_partial=frozenset(),
     )
-    return OpPlan(inner=(_body(run, program, request).assignment,))
+    done = _body(run, program, request)
+    for i, layout in done.wishes.items():
+        stacked = i >= consts + carry
+        run.state.wish(op.operands[i], layout.prepended() if stacked else layout)
+    return OpPlan(inner=(done.assignment,))
 
 
 def _hoisted(program: Program, done: Completed, index: int, now: Layout) -> Layout:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from rhino_jax.ir.factors import Choice, Rule, choice_problems, follow, layouts
 from rhino_jax.ir.layout import Layout, Split
 from rhino_jax.ir.program import Op
+from rhino_jax.search.discover import wished_choice
 from rhino_jax.search.state import State
 
 
@@ -31,6 +32,10 @@ def choose(state: State, op: Op, rule: Rule, data_axes: Sequence[str]) -> Choice
     choice = Choice()
     for axis in state.mesh.names:
         if state.mesh.size(axis) == 1:
+            continue
+        wished = wished_choice(state, op, rule, choice, axis)
+        if wished is not None:
+            choice = wished
             continue
         found = _candidates(state, op, rule, choice, axis)
         found = _restricted(state, op, found, axis, axis in data_axes)
@@ -85,8 +90,9 @@ def _restricted(
     """Stationary weights first; a partial value flows; then the batch."""
 
     def keeps(candidate: Candidate) -> bool:
-        value = op.operands[candidate.operand]
-        return candidate.operand >= 0 and axis in state.mark(value).keep
+        if candidate.operand < 0:
+            return False
+        return axis in state.mark(op.operands[candidate.operand]).keep
 
     def batch(candidate: Candidate) -> bool:
         if candidate.operand < 0:
@@ -110,7 +116,8 @@ def _price(
     wanted, given = layouts(rule, candidate.choice)
     total = 0
     for value, layout in zip(op.operands, wanted, strict=True):
-        if not state.mark(value).free:
+        mark = state.mark(value)
+        if not mark.free and axis not in mark.open:
             total += state.cost(value, state.home(value).only(axis), layout.only(axis))
     for value, layout in zip(op.results, given, strict=True):
         goal = state.hints.get(value)

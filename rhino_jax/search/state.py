@@ -18,12 +18,14 @@ class Marks:
 
     ``batch``: it descends from the batch. ``keep``: axes on which it is a stationary
     weight, which ops must follow. ``free``: it takes whatever layout is asked of it
-    (the carry of an accumulator, before its layout is known).
+    (the carry of an accumulator, before its layout is known). ``open``: axes on which
+    a parameter's layout is not settled yet, so that the first reader may wish it.
     """
 
     batch: bool = False
     keep: frozenset[str] = frozenset()
     free: bool = False
+    open: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -36,6 +38,8 @@ class State:
     hints: Mapping[int, Layout]
     versions: dict[int, dict[Layout, str]] = field(default_factory=dict)
     homes: dict[int, Layout] = field(default_factory=dict)
+    wishes: dict[int, Layout] = field(default_factory=dict)
+    expert_axes: frozenset[str] = frozenset()
 
     def home(self, value: int) -> Layout:
         """The layout of ``value`` where it was made (or first settled)."""
@@ -49,6 +53,15 @@ class State:
 
     def mark(self, value: int) -> Marks:
         return self.marks.get(value, Marks())
+
+    def wish(self, value: int, layout: Layout) -> None:
+        """Settle the open axes of ``value`` as its first reader wants them."""
+        still = self.mark(value).open
+        asked = still.intersection(layout.split_axes)
+        if asked:
+            self.wishes[value] = layout.without(set(layout.axes) - still).settled()
+            self.put(value, layout.settled())
+            self.set_mark(value, open=still - asked)
 
     def cost(self, value: int, source: Layout, target: Layout) -> int:
         v = self.program.values[value]

@@ -1,0 +1,253 @@
+"""Convolutions, pooling, and the gradients of pooling.
+
+Batch and output feature are parallel, input feature is a sum; groups are the
+outermost part of the dimensions that they cut. JAX writes the gradient for a weight
+as a convolution that swaps batch and feature, so the same rule reads it rightly.
+
+Along a spatial dimension windows that do not overlap fall into blocks, one after the
+other (a 1x1 kernel, the patches of a vision transformer, pooling by its own stride):
+then the dimension is a product (block, place in the block). Windows that overlap
+would need a halo: such dimensions are blocked, each side with a factor of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rhino_jax.ir.factors import Dims, Factor, Flow, Rule
+from rhino_jax.ir.program import Op, Value
+from rhino_jax.rules.notation import RuleFn, sums
+
+Dim = tuple[str, ...]
+Windowed = tuple[Dim, Dim, Dim]
+"""One spatial dimension in what is read, in the window, and in the result."""
+
+
+@dataclass
+class _Factors:
+    """The factors of one rule as they are named; one of size 1 is left out."""
+
+    found: dict[str, Factor] = field(default_factory=dict)
+
+    def add(self, name: str, size: int, kind: str = "parallel", by: str = "") -> Dim:
+        if size == 1:
+            return ()
+        self.found[name] = Factor(name, size, kind, by)
+        return (name,)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Sizes along one spatial dimension, and how the window moves over it."""
+
+    number: int
+    read: int
+    window: int
+    made: int
+    stride: int = 1
+    low: int = 0
+    high: int = 0
+    read_dilation: int = 1
+    window_dilation: int = 1
+
+    @property
+    def reach(self) -> int:
+        """How many elements lie between the window's ends, both counted."""
+        return (self.window - 1) * self.window_dilation + 1
+
+
+def conv_general_dilated(
+    op: Op, reads: Sequence[Value], makes: Sequence[Value]
+) -> Rule:
+    """Batch ``n``, sum over ``c``, output feature ``o``, group ``g``, spatial."""
+    param = op.param
+    specs = dict(param["dimension_numbers"])
+    left, right, out = (specs[k] for k in ("lhs_spec", "rhs_spec", "out_spec"))
+    lhs, rhs, made = reads[0].shape, reads[1].shape, makes[0].shape
+    factors = _Factors()
+    # At most one of the two counts is above 1.
+    by_feature = factors.add("g", param["feature_group_count"])
+    by_batch = factors.add("g", param["batch_group_count"])
+    groups = param["feature_group_count"] * param["batch_group_count"]
+    n = factors.add("n", made[out[0]])
+    c = factors.add("c", rhs[right[1]], "reduction", "sum")
+    o = (*by_feature, *by_batch, *factors.add("o", made[out[1]] // groups))
+    sides: tuple[dict[int, Dim], ...] = (
+        {left[0]: (*by_batch, *n), left[1]: (*by_feature, *c)},
+        {right[0]: o, right[1]: c},
+        {out[0]: n, out[1]: o},
+    )
+    for number, dims in enumerate(zip(left[2:], right[2:], out[2:], strict=True)):
+        low, high = param["padding"][number]
+        window = _Window(
+            number,
+            *(shape[d] for shape, d in zip((lhs, rhs, made), dims, strict=True)),
+            param["window_strides"][number],
+            low,
+            high,
+            param["lhs_dilation"][number],
+            param["rhs_dilation"][number],
+        )
+        parts = _convolved(factors, window)
+        for side, dim, part in zip(sides, dims, parts, strict=True):
+            side[dim] = part
+    x, w, y = (tuple(side[d] for d in range(len(side))) for side in sides)
+    return Rule(tuple(factors.found.values()), (x, w), (y,), (sums(0), sums(1)))
+
+
+def _convolved(factors: _Factors, at: _Window) -> Windowed:
+    for form in (_blocks, _spread, _taps):
+        found = form(factors, at, "sum")
+        if found is not None:
+            return found
+    i = at.number
+    return (
+        factors.add(f"x{i}", at.read, "blocked"),
+        factors.add(f"k{i}", at.window, "blocked"),
+        factors.add(f"y{i}", at.made, "blocked"),
+    )
+
+
+def _blocks(factors: _Factors, at: _Window, operator: str) -> Windowed | None:
+    """Windows side by side: (p, w) with w -> p. ``p`` in a gap is blocked inside.
+
+    Without an operator the window is blocked too.
+    """
+    step = at.read if at.made == 1 else at.stride
+    apart = at.low == at.high == 0 and at.read_dilation == 1 and at.reach <= step
+    if not apart or at.read != at.made * step:
+        return None
+    p = factors.add(f"p{at.number}", at.made)
+    if at.window == step and operator:
+        w = factors.add(f"w{at.number}", step, "reduction", operator)
+        return (*p, *w), w, p
+    rest = factors.add(f"x{at.number}", step, "blocked")
+    return (*p, *rest), factors.add(f"k{at.number}", at.window, "blocked"), p
+
+
+def _spread(factors: _Factors, at: _Window, operator: str) -> Windowed | None:
+    """The transpose of :func:`_blocks`: each element makes a block, p -> (p, y).
+
+    The result takes the window in reverse, so the place in the block stays blocked.
+    """
+    apart = at.stride == 1 and at.reach - 1 <= at.low <= at.read_dilation - 1
+    if not apart or at.made != at.read * at.read_dilation:
+        return None
+    p = factors.add(f"p{at.number}", at.read)
+    window = factors.add(f"k{at.number}", at.window, "blocked")
+    return p, window, (*p, *factors.add(f"y{at.number}", at.read_dilation, "blocked"))
+
+
+def _taps(factors: _Factors, at: _Window, operator: str) -> Windowed | None:
+    """The gradient of :func:`_blocks` for its window: (p, t), p -> t, summed over p.
+
+    Of a window smaller than the block only the first places are made.
+    """
+    step = at.window_dilation
+    apart = at.stride == at.read_dilation == 1 and at.low == 0 and at.made <= step
+    if not apart or at.read != at.window * step:
+        return None
+    p = factors.add(f"p{at.number}", at.window, "reduction", operator)
+    if at.made == step:
+        t = factors.add(f"t{at.number}", step)
+        return (*p, *t), p, t
+    rest = factors.add(f"x{at.number}", step, "blocked")
+    return (*p, *rest), p, factors.add(f"y{at.number}", at.made, "blocked")
+
+
+def _pooled(
+    factors: _Factors,
+    op: Op,
+    read: tuple[int, ...],
+    made: tuple[int, ...],
+    operator: str,
+) -> tuple[Dims, Dims]:
+    """The dimensions of what is pooled and of the result."""
+    rank = len(read)
+    param, ones = op.param, (1,) * rank
+    large: list[Dim] = []
+    small: list[Dim] = []
+    for i in range(rank):
+        low, high = param["padding"][i]
+        at = _Window(
+            i,
+            read[i],
+            param["window_dimensions"][i],
+            made[i],
+            param["window_strides"][i],
+            low,
+            high,
+            param.get("base_dilation", ones)[i],
+            param.get("window_dilation", ones)[i],
+        )
+        parts = _blocks(factors, at, operator)
+        if parts is None:
+            x = factors.add(f"x{i}", at.read, "blocked")
+            parts = x, (), factors.add(f"y{i}", at.made, "blocked")
+        large.append(parts[0])
+        small.append(parts[2])
+    # The window is no operand, so a factor of its own has no use here.
+    used = {name for dim in (*large, *small) for name in dim}
+    factors.found = {n: f for n, f in factors.found.items() if n in used}
+    return tuple(large), tuple(small)
+
+
+def _pool(operator: str) -> RuleFn:
+    """Pooling by an operator that terms may be combined by, in any order."""
+
+    def rule(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
+        factors = _Factors()
+        x, y = _pooled(factors, op, reads[0].shape, makes[0].shape, operator)
+        return Rule(
+            tuple(factors.found.values()), (x,), (y,), (Flow(operator, (0,)),)
+        )
+
+    return rule
+
+
+def reduce_window(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
+    """Arrays pooled together by any function, each with an initial scalar."""
+    factors = _Factors()
+    x, y = _pooled(factors, op, reads[0].shape, makes[0].shape, "")
+    count = len(makes)
+    return Rule(tuple(factors.found.values()), (x,) * count + ((),) * count, (y,) * count)
+
+
+def select_and_gather_add(
+    op: Op, reads: Sequence[Value], makes: Sequence[Value]
+) -> Rule:
+    """Tangents taken where pooling found its maximum: linear in the tangents."""
+    factors = _Factors()
+    x, y = _pooled(factors, op, reads[0].shape, makes[0].shape, "")
+    return Rule(tuple(factors.found.values()), (x, x), (y,), (sums(0),))
+
+
+def select_and_scatter_add(
+    op: Op, reads: Sequence[Value], makes: Sequence[Value]
+) -> Rule:
+    """Cotangents put where pooling found its maximum: linear in the cotangents."""
+    source, operand = reads
+    factors = _Factors()
+    x, y = _pooled(factors, op, operand.shape, source.shape, "")
+    return Rule(tuple(factors.found.values()), (y, x), (x,), (sums(0),))
+
+
+def select_and_scatter(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
+    """(operand, source, initial) with any selecting and any scattering function."""
+    operand, source, _ = reads
+    factors = _Factors()
+    x, y = _pooled(factors, op, operand.shape, source.shape, "")
+    return Rule(tuple(factors.found.values()), (x, y, ()), (x,))
+
+
+RULES: Mapping[str, RuleFn] = {
+    "conv_general_dilated": conv_general_dilated,
+    "reduce_window_sum": _pool("sum"),
+    "reduce_window_max": _pool("max"),
+    "reduce_window_min": _pool("min"),
+    "reduce_window": reduce_window,
+    "select_and_gather_add": select_and_gather_add,
+    "select_and_scatter_add": select_and_scatter_add,
+    "select_and_scatter": select_and_scatter,
+}
