@@ -75,8 +75,8 @@ def _all_reduce(
 def reduce_over(x: jax.Array, operator: str, axes: tuple[str, ...]) -> jax.Array:
     """The terms of ``x`` along ``axes`` combined by ``operator``."""
     if x.dtype == jnp.bool_:
-        word = reduce_over(x.astype(jnp.int32), operator, axes)
-        return word.astype(jnp.bool_)
+        byte = reduce_over(x.astype(jnp.uint8), operator, axes)
+        return byte.astype(jnp.bool_)
     if operator == "sum":
         return lax.psum(x, axes)
     return lax.pmax(x, axes) if operator in ("max", "or") else lax.pmin(x, axes)

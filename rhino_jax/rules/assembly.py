@@ -24,19 +24,20 @@ def periodic(
     """Dimensions of these sizes as (blocked, parallel) with their longest period.
 
     The period is the greatest common divisor of all sizes and offsets. It is the
-    factor ``name``; dimension k has ``name.k`` blocked outside it, if anything.
+    factor ``name``; dimension k has ``name.k`` blocked outside it, if anything. Beside
+    an empty dimension there is no period: splitting nothing would pad it.
 
     >>> periodic("i", (12, 4), (8,))[1]
     [('i.0', 'i'), ('i',)]
     """
-    period = math.gcd(*sizes, *offsets)
+    period = 1 if 0 in sizes else math.gcd(*sizes, *offsets)
     if set(sizes) <= {period}:
         return [Factor(name, period)], [(name,)] * len(sizes)
     factors = [Factor(name, period)] if period > 1 else []
     inner = (name,) if period > 1 else ()
     dims: list[Dim] = []
     for k, size in enumerate(sizes):
-        blocks = size // max(period, 1)
+        blocks = size // period
         if blocks == 1:
             dims.append(inner)
             continue
@@ -159,9 +160,11 @@ def unstack(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
 
 def rev(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
     """Reversed dimensions are whole: a shard's elements end up on another."""
-    letters = names("i", len(reads[0].shape))
+    rank = len(reads[0].shape)
+    turned = {d % rank for d in op.param["dimensions"]}
+    letters = names("i", rank)
     factors = tuple(
-        Factor(n, size, "blocked" if d in op.param["dimensions"] else "parallel")
+        Factor(n, size, "blocked" if d in turned else "parallel")
         for d, (n, size) in enumerate(zip(letters, reads[0].shape, strict=True))
     )
     return Rule(factors, (plain(letters),), (plain(letters),), (sums(0),))

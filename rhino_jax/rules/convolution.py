@@ -199,9 +199,7 @@ def _pool(operator: str) -> RuleFn:
     def rule(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
         factors = _Factors()
         x, y = _pooled(factors, op, reads[0].shape, makes[0].shape, operator)
-        return Rule(
-            tuple(factors.found.values()), (x,), (y,), (Flow(operator, (0,)),)
-        )
+        return Rule(tuple(factors.found.values()), (x,), (y,), (Flow(operator, (0,)),))
 
     return rule
 
@@ -211,7 +209,9 @@ def reduce_window(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rul
     factors = _Factors()
     x, y = _pooled(factors, op, reads[0].shape, makes[0].shape, "")
     count = len(makes)
-    return Rule(tuple(factors.found.values()), (x,) * count + ((),) * count, (y,) * count)
+    return Rule(
+        tuple(factors.found.values()), (x,) * count + ((),) * count, (y,) * count
+    )
 
 
 def select_and_gather_add(

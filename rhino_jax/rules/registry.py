@@ -8,12 +8,13 @@ from types import ModuleType
 from rhino_jax.errors import RuleError
 from rhino_jax.ir.factors import Rule
 from rhino_jax.ir.program import Op, Program
-from rhino_jax.rules import contraction, elementwise, reduction, shape
+from rhino_jax.rules import contraction, convolution, elementwise, reduction, shape
 from rhino_jax.rules.notation import RuleFn, whole
 
 FAMILIES: tuple[ModuleType, ...] = (
     elementwise,
     contraction,
+    convolution,
     reduction,
     shape,
 )

@@ -9,11 +9,11 @@ layouts differ. No op is weighed against one far away; that is the search's work
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.factors import Rule
-from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.layout import Layout, contiguous
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.ir.steps import Move
@@ -28,7 +28,8 @@ class Request:
     """What is given of one Program: its boundary, the mesh, and the axes' roles.
 
     An output that is None is given as it comes: settled, or still partial where
-    ``may_stay_partial`` says so.
+    ``may_stay_partial`` says so. ``named`` pins values by name: per dimension the
+    axes that split it.
     """
 
     mesh: Mesh
@@ -39,6 +40,7 @@ class Request:
     hints: tuple[Layout | None, ...] = ()
     may_stay_partial: frozenset[int] = frozenset()
     expert_axes: frozenset[str] = frozenset()
+    named: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,23 @@ class _Run:
         after = []
         for value, layout in zip(op.results, given, strict=True):
             self.state.put(value, layout)
-            if layout.partial and not self._may_flow_on(value, layout):
+            pin = self._pin(op, value)
+            if pin is not None:
+                if pin != layout:
+                    after.append(self.state.settle(value, pin))
+            elif layout.partial and not self._may_flow_on(value, layout):
                 after.append(self.state.settle(value, self._settled_goal(value)))
         return replace(plan, before=tuple(before), after=tuple(after))
+
+    def _pin(self, op: Op, value: int) -> Layout | None:
+        """The layout that the user fixed for what a ``name`` op gives."""
+        spec = self.request.named.get(op.param["name"]) if op.kind == "name" else None
+        if spec is None:
+            return None
+        shape = self.program.values[value].shape
+        mesh = self.request.mesh
+        dims = [contiguous(n, axes, mesh) for n, axes in zip(shape, spec, strict=False)]
+        return Layout((*dims, *((),) * (len(shape) - len(dims))))
 
     def _mark_results(self, op: Op) -> None:
         marks = [self.state.mark(v) for v in op.operands]

@@ -107,15 +107,50 @@ def place(recipe: Recipe, subject: Subject, mesh: Mesh) -> Placement:
     return Placement(inputs, data, keep, found)
 
 
-def completed(placement: Placement, subject: Subject, mesh: Mesh) -> Assignment:
-    """The complete plan that a placement leads to."""
-    request = _request(subject, mesh, placement)
-    return complete(subject.program, request).assignment
+def completed(
+    placement: Placement,
+    subject: Subject,
+    mesh: Mesh,
+    named: Mapping[str, tuple[tuple[str, ...], ...]] | None = None,
+) -> Assignment:
+    """The complete plan that a placement leads to.
+
+    The next state lies as the state does. Other outputs come as they fall, if JAX can
+    store them so, else whole.
+    """
+    request = _request(subject, mesh, placement, named or {})
+    done = complete(subject.program, request).assignment
+    outputs = tuple(
+        goal if goal is not None or _stored(found, subject, o, mesh) else found.only("")
+        for o, (goal, found) in enumerate(
+            zip(request.outputs, done.outputs, strict=True)
+        )
+    )
+    if outputs == request.outputs:
+        return done
+    return complete(subject.program, replace(request, outputs=outputs)).assignment
 
 
-def _request(subject: Subject, mesh: Mesh, placement: Placement) -> Request:
+def _stored(layout: Layout, subject: Subject, output: int, mesh: Mesh) -> bool:
+    """Whether JAX can hold an output in this layout: contiguous and even."""
+    shape = subject.program.values[subject.program.outputs[output]].shape
+    return all(
+        contiguous(n, [s.axis for s in dim], mesh) == dim
+        and n % mesh.group_size(tuple(s.axis for s in dim)) == 0
+        for n, dim in zip(shape, layout.dims, strict=True)
+    )
+
+
+def _request(
+    subject: Subject,
+    mesh: Mesh,
+    placement: Placement,
+    named: Mapping[str, tuple[tuple[str, ...], ...]],
+) -> Request:
     program = subject.program
-    outputs = [Layout.replicated(len(program.values[v].shape)) for v in program.outputs]
+    outputs: list[Layout | None] = [
+        None if program.values[v].shape else Layout(()) for v in program.outputs
+    ]
     for i, o in subject.state_pairs:
         outputs[o] = placement.inputs[i]
     batch = set(subject.batch_inputs)
@@ -123,7 +158,14 @@ def _request(subject: Subject, mesh: Mesh, placement: Placement) -> Request:
         Marks(batch=i in batch, keep=placement.keep.get(i, frozenset()))
         for i in range(len(program.inputs))
     )
-    return Request(mesh, placement.data_axes, placement.inputs, tuple(outputs), marks)
+    return Request(
+        mesh,
+        placement.data_axes,
+        placement.inputs,
+        tuple(outputs),
+        marks,
+        named=named,
+    )
 
 
 def _roles(recipe: Recipe, mesh: Mesh) -> tuple[tuple[str, ...], str]:

@@ -8,11 +8,23 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from rhino_jax.lower.local import contraction, elementwise, reduction, shape
+from rhino_jax.lower.local import (
+    contraction,
+    convolution,
+    elementwise,
+    reduction,
+    shape,
+)
 from rhino_jax.lower.local.shard import LocalFn, Shard, as_it_stands
 from rhino_jax.lower.reshard import neutral
 
-FAMILIES: tuple[ModuleType, ...] = (elementwise, contraction, reduction, shape)
+FAMILIES: tuple[ModuleType, ...] = (
+    elementwise,
+    contraction,
+    convolution,
+    reduction,
+    shape,
+)
 
 
 def _merged() -> Mapping[str, LocalFn]:

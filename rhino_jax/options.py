@@ -1,0 +1,79 @@
+"""What a user may ask for, as one frozen value that is checked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from rhino_jax.errors import OptionsError, nearest, problems
+
+LOWERINGS = ("manual", "auto")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of :func:`rhino_jax.auto_parallel` and :func:`rhino_jax.plan`.
+
+    Attributes:
+        mesh: the logical mesh: a mapping of axis names to sizes, a
+            ``jax.sharding.Mesh``, or None for one chosen from the device count.
+        cluster: plan for this hardware ("h100:2x8", "v5e:4x4") in place of the
+            attached devices.
+        recipe: one of the known expert plans ("zero3"); "" takes the one that sends
+            the fewest bytes.
+        pins: tree path (or ``rhino.name``) to PartitionSpec: layouts to keep.
+        lowering: "manual" (the plan is the program) or "auto" (a replay under
+            sharding constraints, left to XLA's partitioner).
+        donate: give the old state's buffers to the new state.
+        static_argnums: positions of arguments that are no arrays.
+
+    Raises:
+        OptionsError: an option out of range, all of them at once.
+    """
+
+    mesh: Any = None
+    cluster: str = ""
+    recipe: str = ""
+    pins: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    lowering: str = "manual"
+    donate: bool = True
+    static_argnums: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        found = []
+        if self.lowering not in LOWERINGS:
+            near = nearest(self.lowering, LOWERINGS) or LOWERINGS
+            found.append(f"lowering={self.lowering!r}: did you mean {near[0]!r}?")
+        if not isinstance(self.pins, Mapping):
+            found.append(f"pins must map tree paths to PartitionSpecs: {self.pins!r}")
+        if not isinstance(self.cluster, str):
+            found.append(f"cluster must be a string like 'h100:2x8': {self.cluster!r}")
+        if found:
+            raise OptionsError(problems("options:", found))
+
+
+def make_options(**given: Any) -> Options:
+    """Options from keyword arguments.
+
+    Raises:
+        OptionsError: an unknown option; names the nearest.
+
+    >>> make_options(lowering="auto").lowering
+    'auto'
+    """
+    known = Options.__dataclass_fields__
+    unknown = [
+        f"{name!r}: did you mean {', '.join(nearest(name, known)) or list(known)}?"
+        for name in given
+        if name not in known
+    ]
+    if unknown:
+        raise OptionsError(problems("unknown options:", unknown))
+    if "static_argnums" in given:
+        numbers = given["static_argnums"]
+        given["static_argnums"] = (
+            (numbers,) if isinstance(numbers, int) else tuple(numbers)
+        )
+    return Options(**given)

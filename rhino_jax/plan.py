@@ -1,0 +1,460 @@
+"""The answer: a frozen value that knows no JAX. It saves, loads and compares itself.
+
+A plan says everything that the lowered program will do: the layout of every input and
+output, the choice of every op, every collective with its bytes. It is made for one
+Program (its digest is kept) and, with that Program, lowers without any search.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rhino_jax.errors import PlanFileError, problems
+from rhino_jax.ir.assignment import Assignment, OpPlan
+from rhino_jax.ir.factors import parse_choice
+from rhino_jax.ir.layout import Layout, parse_layout
+from rhino_jax.ir.mesh import Axis, Mesh
+from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.steps import Move, Step
+
+FORMAT = "rhino-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array that goes in or comes out: its tree path, shape, dtype and layout."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: Layout
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.dtype}{list(self.shape)} {self.layout}"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of the compiled program.
+
+    ``wire_bytes`` is what each device sends each time; ``count`` how often in a step
+    (trip counts of loops multiplied out). ``where`` is the user's source line and
+    ``phase`` the name stack it was written under.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    wire_bytes: int
+    count: int
+    dtype: str
+    shape: tuple[int, ...]
+    where: str
+    phase: str = ""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.wire_bytes * self.count
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one Program runs on one mesh.
+
+    ``stages`` gives the pipeline stage of every op of the Program (empty: one stage),
+    ``microbatches`` the size of the time axis, ``remat`` pairs of segment and policy;
+    they say "one" and "none" until a search fills them in. ``made_with`` names the
+    versions that made the plan.
+    """
+
+    mesh: Mesh
+    program_name: str
+    program_digest: str
+    inputs: tuple[Leaf, ...]
+    outputs: tuple[Leaf, ...]
+    assignment: Assignment
+    collectives: tuple[Collective, ...]
+    recipe: str = ""
+    lowering: str = "manual"
+    microbatches: int = 1
+    stages: tuple[int, ...] = ()
+    remat: tuple[tuple[str, str], ...] = ()
+    cluster: str = ""
+    notes: tuple[str, ...] = ()
+    made_with: tuple[tuple[str, str], ...] = ()
+    ops: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+
+    @property
+    def wire_bytes(self) -> int:
+        """Bytes each device sends in one step."""
+        return sum(c.total_bytes for c in self.collectives)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, with a checksum."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    def to_json(self) -> str:
+        """The plan as JSON text: the same bytes for the same plan."""
+        body = _to_data(self)
+        digest = hashlib.sha256(_dump(body).encode()).hexdigest()
+        head = {"format": FORMAT, "version": VERSION, "sha256": digest}
+        return json.dumps({**head, "plan": body}, indent=1)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            PlanFileError: the file is missing, damaged, or no plan.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanFileError(f"{path}: {error}; save the plan again") from error
+        return Plan.from_json(text, str(path))
+
+    @staticmethod
+    def from_json(text: str, name: str = "plan") -> Plan:
+        """The inverse of :meth:`to_json`. Raises :class:`PlanFileError`."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanFileError(f"{name}: not JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise PlanFileError(f"{name}: this is no Rhino plan (no format {FORMAT!r})")
+        if data.get("version") != VERSION:
+            raise PlanFileError(
+                f"{name}: plan format {data.get('version')}, this Rhino reads "
+                f"{VERSION}; plan again and save"
+            )
+        body = data.get("plan")
+        found = hashlib.sha256(_dump(body).encode()).hexdigest()
+        if found != data.get("sha256"):
+            raise PlanFileError(
+                f"{name}: damaged: sha256 {found[:12]}, the file says "
+                f"{str(data.get('sha256'))[:12]}; plan again and save"
+            )
+        try:
+            return _from_data(body)
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise PlanFileError(f"{name}: not readable as a plan: {error}") from error
+
+    def fits(self, program: Program) -> None:
+        """Check that this is the plan of ``program``.
+
+        Raises:
+            PlanFileError: it was made for another Program; says what differs first.
+        """
+        if program.digest == self.program_digest:
+            return
+        found = []
+        if len(program.inputs) != len(self.inputs):
+            found.append(f"{len(program.inputs)} inputs, planned {len(self.inputs)}")
+        for leaf, value in zip(self.inputs, program.inputs, strict=False):
+            v = program.values[value]
+            if (v.shape, v.dtype) != (leaf.shape, leaf.dtype):
+                found.append(
+                    f"input {leaf.path} is {v.dtype}{list(v.shape)}, "
+                    f"planned {leaf.dtype}{list(leaf.shape)}"
+                )
+        kinds = [(op.where.name_stack, op.kind) for op in program.ops]
+        for index, (now, then) in enumerate(zip(kinds, self._kinds(), strict=False)):
+            if now[1] != then:
+                found.append(f"op {index} is {now[1]}, planned {then}")
+                break
+        if len(kinds) != len(self.assignment.ops):
+            found.append(f"{len(kinds)} ops, planned {len(self.assignment.ops)}")
+        versions = ", ".join(f"{k} {v}" for k, v in self.made_with)
+        raise PlanFileError(
+            problems(
+                f"this plan was made for another program ({self.program_name!r}, "
+                f"{versions}):",
+                found[:8] or ["the ops' parameters differ"],
+                "Another JAX version may trace other ops; layouts of parameters "
+                "survive as pins: plan again with pins=plan.pins().",
+            )
+        )
+
+    def _kinds(self) -> Iterator[str]:
+        for name, _ in self.ops:
+            yield name.rsplit("@", 1)[-1]
+
+    def pins(self) -> dict[str, tuple[Any, ...]]:
+        """The layouts of inputs, as tuples that a PartitionSpec can be made of."""
+        return {
+            leaf.path: tuple(
+                tuple(s.axis for s in dim) or None for dim in leaf.layout.dims
+            )
+            for leaf in self.inputs
+        }
+
+    def diff(self, other: Plan) -> tuple[str, ...]:
+        """What ``other`` does otherwise, one line each; empty where nothing."""
+        lines = []
+        if self.mesh != other.mesh:
+            lines.append(f"mesh: {self.mesh} -> {other.mesh}")
+        if self.program_digest != other.program_digest:
+            lines.append(f"program: {self.program_name} -> {other.program_name}")
+        for what, mine, theirs in (
+            ("input", self.inputs, other.inputs),
+            ("output", self.outputs, other.outputs),
+        ):
+            then = {leaf.path: leaf for leaf in mine}
+            now = {leaf.path: leaf for leaf in theirs}
+            for path in dict.fromkeys((*then, *now)):
+                a, b = then.get(path), now.get(path)
+                if a != b:
+                    old = a.layout if a else "absent"
+                    lines.append(
+                        f"{what} {path}: {old} -> {b.layout if b else 'absent'}"
+                    )
+        if self.program_digest == other.program_digest:
+            changed = sum(
+                a != b
+                for a, b in zip(self.assignment.ops, other.assignment.ops, strict=True)
+            )
+            if changed:
+                lines.append(f"{changed} of {len(self.assignment.ops)} ops change")
+        if self.wire_bytes != other.wire_bytes:
+            lines.append(f"bytes sent: {self.wire_bytes} -> {other.wire_bytes}")
+        return tuple(lines)
+
+
+def make_plan(
+    program: Program,
+    assignment: Assignment,
+    mesh: Mesh,
+    input_paths: tuple[str, ...],
+    output_paths: tuple[str, ...],
+    **more: Any,
+) -> Plan:
+    """A Plan from an assignment: its leaves, its collectives and its notes."""
+    consts = len(program.inputs) - len(input_paths)
+    names = (*input_paths, *(f"constant {i}" for i in range(consts)))
+
+    def leaves(
+        values: tuple[int, ...], paths: tuple[str, ...], layouts: tuple[Layout, ...]
+    ) -> tuple[Leaf, ...]:
+        return tuple(
+            Leaf(path, program.values[v].shape, program.values[v].dtype, layout)
+            for v, path, layout in zip(values, paths, layouts, strict=True)
+        )
+
+    return Plan(
+        mesh,
+        program.name,
+        program.digest,
+        leaves(program.inputs, names, assignment.inputs),
+        leaves(program.outputs, output_paths, assignment.outputs),
+        assignment,
+        tuple(collectives(program, assignment)),
+        notes=tuple(_fallbacks(program, assignment)),
+        ops=tuple(op_keys(program)),
+        **more,
+    )
+
+
+def op_keys(program: Program) -> Iterator[tuple[str, int]]:
+    """("name stack@kind", how many of that name came before) for every op."""
+    seen: dict[str, int] = {}
+    for op in program.ops:
+        name = f"{op.where.name_stack}@{op.kind}"
+        seen[name] = seen.get(name, -1) + 1
+        yield name, seen[name]
+
+
+def collectives(
+    program: Program, assignment: Assignment, count: int = 1
+) -> Iterator[Collective]:
+    """Every collective that the plan writes, loops multiplied out.
+
+    All branches of a ``cond`` are counted; a ``while`` counts as one trip.
+    """
+    for op, plan in zip(program.ops, assignment.ops, strict=True):
+        for move in plan.before:
+            yield from _of_move(program, move, op, count)
+        trips = op.param["length"] if op.kind == "scan" else 1
+        for inner, body in zip(op.programs, plan.inner, strict=True):
+            yield from collectives(inner, body, count * trips)
+        for move in plan.after:
+            yield from _of_move(program, move, op, count)
+    for move in assignment.final:
+        yield from _of_move(program, move, _maker(program, move.value), count)
+
+
+def _maker(program: Program, value: int) -> Op | None:
+    made = program.producer.get(value)
+    return None if made is None else program.ops[made]
+
+
+def _of_move(
+    program: Program, move: Move, op: Op | None, count: int
+) -> Iterator[Collective]:
+    value = program.values[move.value]
+    for step in move.steps:
+        if step.wire_bytes:
+            yield Collective(
+                step.kind,
+                step.axes,
+                step.wire_bytes,
+                count,
+                value.dtype,
+                value.shape,
+                str(op.where) if op else "",
+                op.where.name_stack if op else "",
+            )
+
+
+def _fallbacks(program: Program, assignment: Assignment) -> Iterator[str]:
+    """One note for each kind of op that runs whole for want of a rule."""
+    found: dict[str, list[int]] = {}
+
+    def walk(program: Program, assignment: Assignment) -> None:
+        for op, plan in zip(program.ops, assignment.ops, strict=True):
+            if plan.note:
+                sent = sum(move.wire_bytes for move in (*plan.before, *plan.after))
+                found.setdefault(f"{op.kind}: {plan.note}", []).append(sent)
+            for inner, body in zip(op.programs, plan.inner, strict=True):
+                walk(inner, body)
+
+    walk(program, assignment)
+    for what, sent in sorted(found.items()):
+        yield f"{what} ({len(sent)} times, {sum(sent)} bytes moved for it)"
+
+
+# ---- JSON -------------------------------------------------------------------------
+
+
+def _dump(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+def _to_data(plan: Plan) -> dict[str, Any]:
+    return {
+        "mesh": [[a.name, a.size, a.link] for a in plan.mesh.axes],
+        "program": {"name": plan.program_name, "digest": plan.program_digest},
+        "inputs": [_leaf_data(leaf) for leaf in plan.inputs],
+        "outputs": [_leaf_data(leaf) for leaf in plan.outputs],
+        "recipe": plan.recipe,
+        "lowering": plan.lowering,
+        "microbatches": plan.microbatches,
+        "stages": list(plan.stages),
+        "remat": [list(pair) for pair in plan.remat],
+        "cluster": plan.cluster,
+        "notes": list(plan.notes),
+        "made_with": [list(pair) for pair in plan.made_with],
+        "collectives": [_collective_data(c) for c in plan.collectives],
+        "op_keys": [list(key) for key in plan.ops],
+        "assignment": _assignment_data(plan.assignment),
+    }
+
+
+def _from_data(data: Any) -> Plan:
+    return Plan(
+        Mesh(tuple(Axis(name, size, link) for name, size, link in data["mesh"])),
+        data["program"]["name"],
+        data["program"]["digest"],
+        tuple(_leaf(x) for x in data["inputs"]),
+        tuple(_leaf(x) for x in data["outputs"]),
+        _assignment(data["assignment"]),
+        tuple(_collective(c) for c in data["collectives"]),
+        data["recipe"],
+        data["lowering"],
+        data["microbatches"],
+        tuple(data["stages"]),
+        tuple((a, b) for a, b in data["remat"]),
+        data["cluster"],
+        tuple(data["notes"]),
+        tuple((a, b) for a, b in data["made_with"]),
+        tuple((name, index) for name, index in data["op_keys"]),
+    )
+
+
+def _leaf_data(leaf: Leaf) -> list[Any]:
+    return [leaf.path, list(leaf.shape), leaf.dtype, str(leaf.layout)]
+
+
+def _leaf(data: Any) -> Leaf:
+    path, shape, dtype, layout = data
+    return Leaf(path, tuple(shape), dtype, parse_layout(layout))
+
+
+def _collective_data(c: Collective) -> list[Any]:
+    return [
+        c.kind,
+        list(c.axes),
+        c.wire_bytes,
+        c.count,
+        c.dtype,
+        list(c.shape),
+        c.where,
+        c.phase,
+    ]
+
+
+def _collective(data: Any) -> Collective:
+    kind, axes, sent, count, dtype, shape, where, phase = data
+    return Collective(kind, tuple(axes), sent, count, dtype, tuple(shape), where, phase)
+
+
+def _assignment_data(assignment: Assignment) -> dict[str, Any]:
+    return {
+        "inputs": [str(x) for x in assignment.inputs],
+        "outputs": [str(y) for y in assignment.outputs],
+        "ops": [_op_data(op) for op in assignment.ops],
+        "final": [_move_data(m) for m in assignment.final],
+    }
+
+
+def _assignment(data: Any) -> Assignment:
+    return Assignment(
+        tuple(parse_layout(x) for x in data["inputs"]),
+        tuple(parse_layout(y) for y in data["outputs"]),
+        tuple(_op(op) for op in data["ops"]),
+        tuple(_move(m) for m in data["final"]),
+    )
+
+
+def _op_data(op: OpPlan) -> dict[str, Any]:
+    """Only what is not the default, so that a plan stays readable."""
+    data: dict[str, Any] = {"choice": str(op.choice)}
+    if op.before:
+        data["before"] = [_move_data(m) for m in op.before]
+    if op.after:
+        data["after"] = [_move_data(m) for m in op.after]
+    if op.inner:
+        data["inner"] = [_assignment_data(a) for a in op.inner]
+    if op.note:
+        data["note"] = op.note
+    return data
+
+
+def _op(data: Any) -> OpPlan:
+    return OpPlan(
+        parse_choice(data["choice"]),
+        tuple(_move(m) for m in data.get("before", ())),
+        tuple(_move(m) for m in data.get("after", ())),
+        tuple(_assignment(a) for a in data.get("inner", ())),
+        data.get("note", ""),
+    )
+
+
+def _move_data(move: Move) -> list[Any]:
+    steps = [[s.kind, list(s.axes), str(s.target), s.wire_bytes] for s in move.steps]
+    return [move.value, str(move.source), steps]
+
+
+def _move(data: Any) -> Move:
+    value, source, steps = data
+    first = now = parse_layout(source)
+    found = []
+    for kind, axes, target, sent in steps:
+        after = parse_layout(target)
+        found.append(Step(kind, tuple(axes), now, after, sent))
+        now = after
+    return Move(value, first, now, tuple(found))

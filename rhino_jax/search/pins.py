@@ -1,0 +1,133 @@
+"""Layouts that the user fixes: tree paths and names to PartitionSpecs."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from rhino_jax.errors import PinError, nearest, problems
+from rhino_jax.ir.layout import Layout, contiguous
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program
+from rhino_jax.search.recipes import Placement
+from rhino_jax.search.subject import Subject
+
+Spec = tuple[tuple[str, ...], ...]
+"""Per dimension the axes that split it, outermost first."""
+
+NEXT_STEP = "Fix or drop these pins."
+
+
+def spec_layout(spec: Spec, shape: Sequence[int], mesh: Mesh) -> Layout:
+    """The layout that a spec means for a value of ``shape``."""
+    dims = [contiguous(n, axes, mesh) for n, axes in zip(shape, spec, strict=False)]
+    return Layout((*dims, *((),) * (len(shape) - len(dims))))
+
+
+def spec_problems(spec: Spec, shape: Sequence[int], mesh: Mesh) -> list[str]:
+    """Everything that keeps a spec from being stored for a value of ``shape``."""
+    if len(spec) > len(shape):
+        return [f"{len(spec)} entries for {len(shape)} dimensions {tuple(shape)}"]
+    found = []
+    names = [axis for axes in spec for axis in axes]
+    for axis in names:
+        if axis not in mesh.names:
+            near = nearest(axis, mesh.names) or list(mesh.names)
+            found.append(
+                f"no axis {axis!r} in mesh ({mesh}); did you mean {near[0]!r}?"
+            )
+    if len(set(names)) != len(names):
+        found.append("an axis is used twice")
+    if found:
+        return found
+    for d, (n, axes) in enumerate(zip(shape, spec, strict=False)):
+        parts = mesh.group_size(axes)
+        if n % parts:
+            found.append(
+                f"dimension {d} of size {n} does not divide into {parts} "
+                f"({'×'.join(axes)})"
+            )
+    return found
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pin's key means ``path``: whole, its end, or as a glob.
+
+    >>> matches("mlp/kernel", "state/params/mlp/kernel"), matches("*/w?", "p/w1")
+    (True, True)
+    """
+    return (
+        path == pattern
+        or path.endswith("/" + pattern)
+        or fnmatch.fnmatchcase(path, pattern)
+    )
+
+
+def names_in(program: Program) -> frozenset[str]:
+    """Every ``rhino.name`` given inside a Program."""
+    return frozenset(op.param["name"] for _, op in program.walk() if op.kind == "name")
+
+
+def pinned(
+    placement: Placement, subject: Subject, mesh: Mesh, pins: Mapping[str, Spec]
+) -> tuple[Placement, Mapping[str, Spec]]:
+    """``placement`` with pins in place, and the pins of named interior values.
+
+    A parameter's pin holds for its optimizer state too, unless that is pinned itself.
+
+    Raises:
+        PinError: unknown paths (nearest names), specs that do not divide; all at once.
+    """
+    paths = {path: i for i, path in enumerate(subject.input_paths)}
+    names = names_in(subject.program)
+    found: list[str] = []
+    direct: dict[int, Layout] = {}
+    inner: dict[str, Spec] = {}
+    for key, spec in pins.items():
+        hits = [i for path, i in paths.items() if matches(key, path)]
+        for i in hits:
+            wrong = spec_problems(spec, subject.shape(i), mesh)
+            found += [f"pin {subject.input_paths[i]!r}: {what}" for what in wrong]
+            if not wrong:
+                direct[i] = spec_layout(spec, subject.shape(i), mesh)
+        if key in names:
+            inner[key] = spec
+            found += _named_problems(subject.program, key, spec, mesh)
+        elif not hits:
+            found.append(_unknown(key, (*paths, *names)))
+    if found:
+        raise PinError(problems("pins that do not fit:", found, NEXT_STEP))
+    layouts = list(placement.inputs)
+    keep = dict(placement.keep)
+    for i in subject.pairs:
+        leader = subject.kin[i]
+        if leader in direct:
+            layouts[i] = direct[leader]
+            keep[i] = frozenset(direct[leader].axes)
+    for i, layout in direct.items():
+        layouts[i] = layout
+        if i in subject.pairs:
+            keep[i] = frozenset(layout.axes) - set(placement.data_axes)
+    return replace(placement, inputs=tuple(layouts), keep=keep), inner
+
+
+def _unknown(key: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = nearest(key, known)
+    if not near:
+        near = [p for p in known if p.rsplit("/", 1)[-1] == key.rsplit("/", 1)[-1]][:3]
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return f"pin {key!r}: no such path or name{hint}"
+
+
+def _named_problems(program: Program, name: str, spec: Spec, mesh: Mesh) -> list[str]:
+    found = []
+    for inner, op in program.walk():
+        if op.kind == "name" and op.param["name"] == name:
+            shape = inner.values[op.results[0]].shape
+            found += [
+                f"pin {name!r} ({op.where}): {what}"
+                for what in spec_problems(spec, shape, mesh)
+            ]
+    return found
