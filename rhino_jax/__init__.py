@@ -1,0 +1,18 @@
+"""Rhino: a JAX train step written for one device, run on many.
+
+>>> import rhino_jax as rhino
+>>> rhino.auto_parallel.__name__
+'auto_parallel'
+"""
+
+from rhino_jax.api import ParallelFunction as ParallelFunction
+from rhino_jax.api import Planned as Planned
+from rhino_jax.api import auto_parallel as auto_parallel
+from rhino_jax.api import follow as follow
+from rhino_jax.api import name as name
+from rhino_jax.api import plan as plan
+from rhino_jax.errors import RhinoError as RhinoError
+from rhino_jax.options import Options as Options
+from rhino_jax.plan import Plan as Plan
+
+__version__ = "0.1.0"

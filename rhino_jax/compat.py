@@ -75,9 +75,33 @@ def literal(value: Any, dtype: str, weak: bool) -> Any:
     return lax_internal._convert_element_type(array, array.dtype, weak_type=weak)
 
 
+def open_jaxpr(closed: Any) -> Any:
+    """The open jaxpr of a closed one that has no constants."""
+    assert not closed.consts, "a nested Program with constants"
+    return closed.jaxpr
+
+
 def without_constants(closed: Any) -> tuple[Any, list[Any]]:
     """An open jaxpr that takes a closed one's constants as leading inputs."""
     return pe.convert_constvars_jaxpr(closed.jaxpr), list(closed.consts)
+
+
+def partitions(spec: Any) -> tuple[tuple[str, ...], ...]:
+    """A PartitionSpec (or a tuple like one) as axis names per dimension.
+
+    >>> partitions(jax.sharding.PartitionSpec("d", None, ("a", "b")))
+    (('d',), (), ('a', 'b'))
+    """
+    entries = getattr(spec, "partitions", None)
+    found: list[tuple[str, ...]] = []
+    for entry in spec if entries is None else entries:
+        if entry is None:
+            found.append(())
+        elif isinstance(entry, str):
+            found.append((entry,))
+        else:
+            found.append(tuple(entry))
+    return tuple(found)
 
 
 # ---- compile-only (verify/) -------------------------------------------------------
@@ -173,3 +197,11 @@ def partition_count(module: Any) -> int:
     if "mhlo.num_partitions" not in attributes:
         return 1
     return int(ir.IntegerAttr(attributes["mhlo.num_partitions"]).value)
+
+
+# ---- random bits (lower/local/random.py) ------------------------------------------
+
+
+def threefry_partitionable(eqn: Any) -> bool:
+    """Whether ``eqn`` was traced with ``jax_threefry_partitionable`` on."""
+    return bool(eqn.ctx.threefry_partitionable)

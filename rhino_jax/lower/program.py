@@ -17,6 +17,7 @@ from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Dim, Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
+from rhino_jax.lower.auto import replay
 from rhino_jax.lower.manual import run
 
 
@@ -38,23 +39,51 @@ def _entry(dim: Dim) -> str | tuple[str, ...] | None:
     return None if not names else names[0] if len(names) == 1 else names
 
 
+class SignatureChanged(Exception):
+    """The arrays given are not of the shapes that the Program was traced for."""
+
+
 def as_function(
-    program: Program, assignment: Assignment, mesh: Mesh, jax_mesh: Any
+    program: Program,
+    assignment: Assignment,
+    mesh: Mesh,
+    jax_mesh: Any,
+    lowering: str = "manual",
 ) -> Callable[..., tuple[jax.Array, ...]]:
-    """The step on global flat arrays: one manual program over every axis."""
+    """The step on global flat arrays: one manual program over every axis.
+
+    With ``lowering="auto"`` a replay under constraints. Traced with other shapes or
+    dtypes than the Program's it raises :class:`SignatureChanged`.
+    """
 
     def local_step(*args: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(run(program, assignment, mesh, args))
 
-    if not mesh.axes:
-        return local_step
-    return jax.shard_map(
-        local_step,
-        mesh=jax_mesh,
-        in_specs=tuple(partition_spec(x) for x in assignment.inputs),
-        out_specs=tuple(partition_spec(y) for y in assignment.outputs),
-        check_vma=False,
-    )
+    if lowering == "auto":
+
+        def inner(*args: jax.Array) -> tuple[jax.Array, ...]:
+            return tuple(replay(program, assignment, mesh, jax_mesh, args))
+
+    elif mesh.axes:
+        inner = jax.shard_map(
+            local_step,
+            mesh=jax_mesh,
+            in_specs=tuple(partition_spec(x) for x in assignment.inputs),
+            out_specs=tuple(partition_spec(y) for y in assignment.outputs),
+            check_vma=False,
+        )
+    else:
+        inner = local_step
+
+    def step(*args: jax.Array) -> tuple[jax.Array, ...]:
+        for value, x in zip(program.inputs, args, strict=True):
+            planned = program.values[value]
+            if planned.shape != x.shape or planned.dtype != str(x.dtype):
+                raise SignatureChanged
+        return inner(*args)
+
+    step.__name__ = program.name
+    return step
 
 
 def jit_step(
@@ -63,17 +92,21 @@ def jit_step(
     mesh: Mesh,
     jax_mesh: Any,
     donated: Sequence[int] = (),
+    lowering: str = "manual",
 ) -> Any:
     """:func:`as_function`, jitted with its shardings and donated arguments."""
-    function = as_function(program, assignment, mesh, jax_mesh)
-
-    def shardings(layouts: Sequence[Layout]) -> tuple[NamedSharding, ...]:
-        return tuple(NamedSharding(jax_mesh, partition_spec(x)) for x in layouts)
-
-    function.__name__ = program.name
+    step = as_function(program, assignment, mesh, jax_mesh, lowering)
+    donate = tuple(donated)
+    if not mesh.axes:
+        return jax.jit(step, donate_argnums=donate)
     return jax.jit(
-        function,
-        in_shardings=shardings(assignment.inputs),
-        out_shardings=shardings(assignment.outputs),
-        donate_argnums=tuple(donated),
+        step,
+        in_shardings=shardings(assignment.inputs, jax_mesh),
+        out_shardings=shardings(assignment.outputs, jax_mesh),
+        donate_argnums=donate,
     )
+
+
+def shardings(layouts: Sequence[Layout], jax_mesh: Any) -> tuple[NamedSharding, ...]:
+    """Layouts as JAX's shardings on a mesh."""
+    return tuple(NamedSharding(jax_mesh, partition_spec(x)) for x in layouts)

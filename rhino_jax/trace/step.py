@@ -20,6 +20,7 @@ class Traced:
     ``program.inputs`` are the flat leaves of ``(args, kwargs)``, then ``constants``.
     ``state_pairs`` are (input leaf, output leaf) where an output tree is an argument's
     successor: same structure, shapes and dtypes. Those inputs may be donated.
+    ``avals`` are the abstract leaves of the arguments as JAX saw them.
     """
 
     program: Program
@@ -30,6 +31,7 @@ class Traced:
     output_paths: tuple[str, ...]
     state_pairs: tuple[tuple[int, int], ...]
     donated: tuple[int, ...]
+    avals: tuple[Any, ...] = ()
 
     @property
     def num_inputs(self) -> int:
@@ -81,6 +83,7 @@ def trace(
         tuple(_join(path) for path, _ in outs),
         pairs,
         tuple(i for i, _ in pairs) if donate else (),
+        tuple(jax.tree.leaves(traced.in_avals)),
     )
 
 

@@ -1,0 +1,141 @@
+"""The second lowering: the step replayed under sharding constraints.
+
+Every op runs on global arrays, and every value is constrained to the layout that the
+plan gives it; the collectives are left to XLA's partitioner. What the plan says is
+then a wish: partial values, strided layouts and the time of a collective can not be
+asked for. It is kept to compare with, and for programs the manual lowering can not
+hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rhino_jax import compat
+from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
+from rhino_jax.ir.layout import Layout, contiguous
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Op, Program
+from rhino_jax.rules import rule_of
+
+Arrays = Sequence[jax.Array]
+
+
+def replay(
+    program: Program, assignment: Assignment, mesh: Mesh, jax_mesh: Any, args: Arrays
+) -> list[jax.Array]:
+    """Run ``program`` on global arrays, every result constrained to its layout."""
+    return _Replay(mesh, jax_mesh).run(program, assignment, args)
+
+
+class _Replay:
+    def __init__(self, mesh: Mesh, jax_mesh: Any) -> None:
+        self.mesh = mesh
+        self.jax_mesh = jax_mesh
+
+    def constrain(self, x: jax.Array, layout: Layout) -> jax.Array:
+        if not self.mesh.axes or not x.ndim:
+            return x
+        spec: list[Any] = []
+        for n, dim in zip(x.shape, layout.dims, strict=True):
+            names = tuple(s.axis for s in dim)
+            if not names:
+                spec.append(None)
+            elif contiguous(n, names, self.mesh) == dim:
+                spec.append(names)
+            else:
+                spec.append(PartitionSpec.UNCONSTRAINED)
+        sharding = NamedSharding(self.jax_mesh, PartitionSpec(*spec))
+        return lax.with_sharding_constraint(x, sharding)
+
+    def run(
+        self, program: Program, assignment: Assignment, args: Arrays
+    ) -> list[jax.Array]:
+        held = dict(zip(program.inputs, args, strict=True))
+        moved: dict[int, jax.Array] = {}
+
+        def read(value: int) -> jax.Array:
+            v = program.values[value]
+            if v.literal is not None:
+                return compat.literal(v.literal, v.dtype, v.weak)
+            return moved.get(value, held[value])
+
+        for op, plan in zip(program.ops, assignment.ops, strict=True):
+            for move in plan.before:
+                if program.values[move.value].literal is None:
+                    moved[move.value] = self.constrain(held[move.value], move.target)
+            ins = [read(v) for v in op.operands]
+            rule = None if op.programs else rule_of(program, op)
+            _, given = boundary(program, op, plan, rule)
+            with compat.as_written(op.source):
+                outs = self.op(op, plan, ins)
+                after = {move.value: move.target for move in plan.after}
+                for value, layout, x in zip(op.results, given, outs, strict=True):
+                    held[value] = self.constrain(x, after.get(value, layout))
+        return [
+            self.constrain(read(v), layout)
+            for v, layout in zip(program.outputs, assignment.outputs, strict=True)
+        ]
+
+    def op(self, op: Op, plan: OpPlan, ins: list[jax.Array]) -> Sequence[jax.Array]:
+        changed = {}
+        if op.programs:
+            bodies = [
+                self.closed(program, inner, ins, op, number)
+                for number, (program, inner) in enumerate(
+                    zip(op.programs, plan.inner, strict=True)
+                )
+            ]
+            changed = _PARAMETERS[op.kind](op, bodies)
+        out = compat.bind(op.source, ins, changed)
+        return out if isinstance(out, list | tuple) else [out]
+
+    def closed(
+        self, program: Program, inner: Assignment, ins: Arrays, op: Op, number: int
+    ) -> Any:
+        """The jaxpr of a nested Program, with its constraints in it."""
+        avals = [
+            jax.ShapeDtypeStruct(
+                program.values[v].shape,
+                _dtype(program, v, x),
+                weak_type=program.values[v].weak,
+            )
+            for v, x in zip(program.inputs, _inputs(op, ins, number), strict=True)
+        ]
+        return jax.make_jaxpr(lambda *args: self.run(program, inner, args))(*avals)
+
+
+def _dtype(program: Program, value: int, given: jax.Array) -> Any:
+    dtype = program.values[value].dtype
+    # A typed key's dtype has no numpy name; the operand itself carries it.
+    return given.dtype if dtype.startswith("key<") else dtype
+
+
+def _inputs(op: Op, ins: Arrays, number: int) -> Arrays:
+    """The operands that go into the op's nested Program ``number``."""
+    if op.kind == "cond":
+        return ins[1:]
+    if op.kind == "while":
+        test, body = op.param["cond_nconsts"], op.param["body_nconsts"]
+        return (
+            *(ins[:test] if number == 0 else ins[test : test + body]),
+            *ins[test + body :],
+        )
+    return ins
+
+
+_PARAMETERS: dict[str, Callable[[Op, list[Any]], dict[str, Any]]] = {
+    "scan": lambda op, bodies: {
+        "jaxpr": bodies[0],
+        "num_consts": op.param["num_consts"],
+        "linear": (False,) * len(op.operands),
+    },
+    "while": lambda op, bodies: {"cond_jaxpr": bodies[0], "body_jaxpr": bodies[1]},
+    "cond": lambda op, bodies: {"branches": tuple(bodies)},
+    "remat2": lambda op, bodies: {"jaxpr": compat.open_jaxpr(bodies[0])},
+}

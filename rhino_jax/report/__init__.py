@@ -1,0 +1,1 @@
+"""Plans and audits as a person reads them."""
