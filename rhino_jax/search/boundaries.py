@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rhino_jax.ir.factors import PARALLEL, Dims, Rule
+from rhino_jax.ir.factors import PARALLEL, REDUCTION, Dims, Rule, follow
 from rhino_jax.ir.layout import Split
-from rhino_jax.ir.program import Program
-from rhino_jax.rules import rule_of
+from rhino_jax.ir.program import Op, Program
+from rhino_jax.rules import HEAVY, rule_of
 
 REACH = 12
 """How many ops away a reader may be and still have a say."""
@@ -83,3 +83,70 @@ def digit(found: tuple[Part, ...], axis: str, size: int) -> Split | None:
         if part.may_split and part.size % size == 0:
             return Split(axis, low * part.size // size)
     return None
+
+
+LONGEST_WALK = 400
+"""How many (value, digit) pairs a walk visits before it gives up."""
+
+
+def ends_in_a_row(
+    program: Program,
+    value: int,
+    dim: int,
+    split: Split,
+    size: int,
+    batch: frozenset[int],
+) -> bool:
+    """Whether a column split of ``value`` is closed again by a row split.
+
+    The digit is followed forward through every reader, until a weight contracts it.
+    A norm that reduces it on the way, a product of two activations that contracts it,
+    or an op that can not keep it would each send the activation instead. A digit that
+    meets no later weight (the vocabulary of the last layer) may be reduced.
+
+    Args:
+        batch: the values that depend on the batch; the others are weights.
+    """
+    seen = {(value, dim, split)}
+    queue = [(value, dim, split)]
+    rows = broken = False
+    while queue and len(seen) < LONGEST_WALK:
+        at, place, digit_ = queue.pop()
+        for index in program.uses.get(at, ()):
+            op = program.ops[index]
+            if "transpose(" in op.where.name_stack:
+                continue
+            if op.programs:
+                broken = True
+                continue
+            position = op.operands.index(at)
+            rule = rule_of(program, op)
+            found = follow(rule, rule.operands[position], place, digit_, size)
+            if found is None:
+                broken = True
+                continue
+            name, inner = found
+            factor = rule.factor(name)
+            if not factor.traits.split or factor.kind == REDUCTION:
+                row = op.kind in HEAVY and _meets_weight(op, position, batch)
+                rows, broken = rows or row, broken or not row
+                continue
+            for number, dims in enumerate(rule.results):
+                for d, names in enumerate(dims):
+                    if name in names:
+                        stride = inner.stride * rule.weight(names, name)
+                        step = (op.results[number], d, Split(split.axis, stride))
+                        if step not in seen:
+                            seen.add(step)
+                            queue.append(step)
+    reached = any(
+        program.ops[index].kind in HEAVY
+        and "transpose(" not in program.ops[index].where.name_stack
+        for at, _, _ in seen
+        for index in program.uses.get(at, ())
+    )
+    return not broken if rows or reached else True
+
+
+def _meets_weight(op: Op, position: int, batch: frozenset[int]) -> bool:
+    return any(v not in batch for i, v in enumerate(op.operands) if i != position)

@@ -20,7 +20,7 @@ from rhino_jax.ir.factors import (
 from rhino_jax.ir.layout import Split
 from rhino_jax.ir.program import Op
 from rhino_jax.rules import HEAVY
-from rhino_jax.search.boundaries import Part, digit, parts
+from rhino_jax.search.boundaries import Part, digit, ends_in_a_row, parts
 from rhino_jax.search.state import State
 
 
@@ -30,6 +30,9 @@ def wished_choice(
     """``choice`` with ``axis`` used as an open weight of ``op`` wishes it."""
     is_open = [axis in state.mark(v).open for v in op.operands]
     if not any(is_open) or all(is_open):
+        return None
+    if "transpose(" in op.where.name_stack:
+        # The forward pass decides; what it left whole stays so.
         return None
     if op.kind in HEAVY:
         if axis in state.expert_axes:
@@ -83,8 +86,11 @@ def _column(
     for place, dim in enumerate(rule.results[0]):
         if len(dim) != 1 or dim[0] in others:
             continue
-        found = digit(parts(state.program, op.results[0], place), axis, size)
-        if found is not None:
+        value = op.results[0]
+        found = digit(parts(state.program, value, place), axis, size)
+        if found is not None and ends_in_a_row(
+            state.program, value, place, found, size, state.batch_values
+        ):
             tried = _allowed(state, rule, choice.with_split(dim[0], found))
             if tried is not None:
                 return tried

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from rhino_jax.cost.reshard import route, wire_bytes
+from rhino_jax.ir.depends import forward
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
@@ -40,6 +42,12 @@ class State:
     homes: dict[int, Layout] = field(default_factory=dict)
     wishes: dict[int, Layout] = field(default_factory=dict)
     expert_axes: frozenset[str] = frozenset()
+
+    @cached_property
+    def batch_values(self) -> frozenset[int]:
+        """Values that descend from the batch."""
+        inputs = (v for v in self.program.inputs if self.mark(v).batch)
+        return forward(self.program, inputs)
 
     def home(self, value: int) -> Layout:
         """The layout of ``value`` where it was made (or first settled)."""
