@@ -29,7 +29,8 @@ class Request:
 
     An output that is None is given as it comes: settled, or still partial where
     ``may_stay_partial`` says so. ``named`` pins values by name: per dimension the
-    axes that split it.
+    axes that split it. ``used``: inputs (positions) that are brought to another layout
+    before their first use.
     """
 
     mesh: Mesh
@@ -41,6 +42,7 @@ class Request:
     may_stay_partial: frozenset[int] = frozenset()
     expert_axes: frozenset[str] = frozenset()
     named: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    used: Mapping[int, Layout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,10 @@ class _Run:
             hints,
             expert_axes=request.expert_axes,
         )
-        for value, layout in zip(program.inputs, request.inputs, strict=True):
-            self.state.put(value, layout)
+        for i, (value, layout) in enumerate(
+            zip(program.inputs, request.inputs, strict=True)
+        ):
+            self.state.store(value, layout, request.used.get(i, layout))
         self.reads: dict[int, set[Layout]] = {}
 
     def run(self) -> Completed:
@@ -104,9 +108,7 @@ class _Run:
             if goal is None:
                 stays = i in self.request.may_stay_partial
                 goal = home if stays else self._settled_goal(value)
-            move = self._read(value, goal, "final")
-            if move:
-                final.append(move)
+            final += self._read(value, goal, "final")
             outputs.append(goal)
         assignment = Assignment(
             self.request.inputs, tuple(outputs), plans, tuple(final)
@@ -126,7 +128,7 @@ class _Run:
             if mark.open and v in found and mark.open.intersection(found[v].axes)
         }
 
-    def _read(self, value: int, layout: Layout, region: str) -> Move | None:
+    def _read(self, value: int, layout: Layout, region: str) -> tuple[Move, ...]:
         self.reads.setdefault(value, set()).add(layout)
         return self.state.read(value, layout, region)
 
@@ -147,7 +149,7 @@ class _Run:
         before = [
             move
             for value, layout in zip(op.operands, wanted, strict=True)
-            if (move := self._read(value, layout, region))
+            for move in self._read(value, layout, region)
         ]
         self._mark_results(op)
         after = []
@@ -259,6 +261,7 @@ def _call(run: _Run, op: Op) -> OpPlan:
     (program,) = op.programs
     request = replace(
         run.request,
+        used={},
         inputs=_entering(run, op.operands),
         outputs=(None,) * len(op.results),
         marks=_marks(run, op.operands),
@@ -278,6 +281,7 @@ def _cond(run: _Run, op: Op) -> OpPlan:
     for program in op.programs:
         request = replace(
             run.request,
+            used={},
             inputs=_entering(run, op.operands[1:]),
             outputs=outputs,
             marks=_marks(run, op.operands[1:]),
@@ -294,7 +298,7 @@ def _while(run: _Run, op: Op) -> OpPlan:
     split, consts = op.param["cond_nconsts"], op.param["body_nconsts"]
     carry = _entering(run, op.operands[split + consts :])
     marks = _marks(run, op.operands)
-    base = replace(run.request, hints=(), may_stay_partial=frozenset())
+    base = replace(run.request, used={}, hints=(), may_stay_partial=frozenset())
     test = replace(
         base,
         inputs=_entering(run, op.operands[:split]) + carry,
@@ -333,6 +337,7 @@ def _scan(run: _Run, op: Op) -> OpPlan:
     stacked = tuple(h.dropped_first() if h else None for h in hints[carry:])
     request = replace(
         run.request,
+        used={},
         inputs=tuple(entering),
         outputs=(None,) * len(program.outputs),
         marks=tuple(replace(m, free=i - consts in sums) for i, m in enumerate(marks)),

@@ -118,7 +118,7 @@ def _price(
     for value, layout in zip(op.operands, wanted, strict=True):
         mark = state.mark(value)
         if not mark.free and axis not in mark.open:
-            total += state.cost(value, state.home(value).only(axis), layout.only(axis))
+            total += state.reading_bytes(value, layout, axis)
     for value, layout in zip(op.results, given, strict=True):
         goal = state.hints.get(value)
         here = layout.only(axis)

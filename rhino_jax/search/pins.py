@@ -109,7 +109,10 @@ def pinned(
         layouts[i] = layout
         if i in subject.pairs:
             keep[i] = frozenset(layout.axes) - set(placement.data_axes)
-    return replace(placement, inputs=tuple(layouts), keep=keep), inner
+    used = {
+        i: x for i, x in placement.used.items() if layouts[i] == placement.inputs[i]
+    }
+    return replace(placement, inputs=tuple(layouts), keep=keep, used=used), inner
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:

@@ -7,12 +7,12 @@ optimizer state whole, sharded over the data axes (ZeRO), split for tensor paral
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from rhino_jax.errors import OptionsError, nearest, problems
 from rhino_jax.ir.assignment import Assignment
-from rhino_jax.ir.layout import Layout, contiguous
+from rhino_jax.ir.layout import Layout, contiguous, sorted_dim
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.search.complete import Request, complete
 from rhino_jax.search.state import Marks
@@ -50,13 +50,15 @@ RECIPES: Mapping[str, Recipe] = {
 class Placement:
     """The layouts of a step's inputs, and the roles of the axes.
 
-    ``found``: the recipe found what it is for (weights to split, experts).
+    ``found``: the recipe found what it is for (weights to split, experts). ``used``
+    are parameters computed with in another layout than they are stored in.
     """
 
     inputs: tuple[Layout, ...]
     data_axes: tuple[str, ...]
     keep: Mapping[int, frozenset[str]]
     found: bool = True
+    used: Mapping[int, Layout] = field(default_factory=dict)
 
 
 def recipe_named(name: str) -> Recipe:
@@ -91,8 +93,10 @@ def place(recipe: Recipe, subject: Subject, mesh: Mesh) -> Placement:
         wishes = _discovered(subject, mesh, layouts, data, asked, recipe.expert)
         for i, wish in wishes.items():
             layouts[i] = _storable(wish, subject, i, mesh)
-        keep = {i: asked for i in wishes}
+        keep = {i: asked for i in wishes if layouts[i] == wishes[i]}
         found = bool(wishes)
+    else:
+        wishes = {}
     for i in subject.pairs:
         leader = subject.kin[i]
         is_parameter = i in subject.parameters
@@ -102,9 +106,29 @@ def place(recipe: Recipe, subject: Subject, mesh: Mesh) -> Placement:
         is_parameter = i in subject.parameters
         wanted = recipe.parameters if is_parameter else recipe.slots
         if wanted:
-            layouts[i] = _zero(subject, i, layouts[i], data, mesh)
+            wish = wishes.get(subject.kin[i])
+            avoid = [d for d, dim in enumerate(wish.dims) if dim] if wish else []
+            layouts[i] = _zero(subject, i, layouts[i], data, mesh, avoid)
     inputs = tuple(layouts[i] for i in range(len(subject.program.inputs)))
-    return Placement(inputs, data, keep, found)
+    used = {
+        i: replace(
+            wish,
+            dims=tuple(
+                sorted_dim((*mine, *(s for s in dim if s.axis not in wish.axes)))
+                for mine, dim in zip(wish.dims, inputs[i].dims, strict=True)
+            ),
+        )
+        for i, wish in wishes.items()
+    }
+    used = {
+        i: layout
+        for i, layout in used.items()
+        if layout != inputs[i]
+        and inputs[i].axes
+        and wishes[i].axes
+        and not layout.problems(subject.shape(i), mesh)
+    }
+    return Placement(inputs, data, keep, found, used)
 
 
 def completed(
@@ -165,6 +189,7 @@ def _request(
         tuple(outputs),
         marks,
         named=named,
+        used=placement.used,
     )
 
 
@@ -257,12 +282,17 @@ def _free_dims(subject: Subject, i: int, layout: Layout) -> list[int]:
 
 
 def _zero(
-    subject: Subject, i: int, layout: Layout, data: tuple[str, ...], mesh: Mesh
+    subject: Subject,
+    i: int,
+    layout: Layout,
+    data: tuple[str, ...],
+    mesh: Mesh,
+    avoid: Sequence[int] = (),
 ) -> Layout:
     """``layout`` sharded over the data axes too, if a matrix divides by them.
 
-    Vectors stay whole: their bytes are few, and a gather of them is a collective of
-    its own.
+    Dimensions to ``avoid`` (those that a strided use splits) come last. Vectors stay
+    whole: their bytes are few, and a gather of them is a collective of its own.
     """
     shape = subject.shape(i)
     dims = _free_dims(subject, i, layout)
@@ -271,7 +301,7 @@ def _zero(
         return layout
     group = mesh.group_size(axes)
     local = layout.local_shape(shape, mesh)
-    for d in sorted(dims, key=lambda d: (bool(layout.dims[d]), d)):
+    for d in sorted(dims, key=lambda d: (d in avoid, bool(layout.dims[d]), d)):
         if local[d] % group == 0:
             return _with_dim(layout, d, shape, axes, mesh)
     return layout

@@ -42,6 +42,7 @@ class State:
     homes: dict[int, Layout] = field(default_factory=dict)
     wishes: dict[int, Layout] = field(default_factory=dict)
     expert_axes: frozenset[str] = frozenset()
+    stored: dict[int, Layout] = field(default_factory=dict)
 
     @cached_property
     def batch_values(self) -> frozenset[int]:
@@ -59,6 +60,13 @@ class State:
         self.homes[value] = layout
         self.versions[value] = {layout: ""}
 
+    def store(self, value: int, layout: Layout, used: Layout) -> None:
+        """An input that comes as ``layout`` and is brought to ``used`` at first use."""
+        self.put(value, used)
+        if layout != used:
+            self.stored[value] = layout
+            self.versions[value] = {layout: ""}
+
     def mark(self, value: int) -> Marks:
         return self.marks.get(value, Marks())
 
@@ -75,32 +83,50 @@ class State:
         v = self.program.values[value]
         return wire_bytes(v.shape, v.dtype, source, target, self.mesh)
 
-    def read(self, value: int, target: Layout, region: str) -> Move | None:
-        """The move that brings ``value`` to ``target``, if it is not at hand there.
+    def reading_bytes(self, value: int, layout: Layout, axis: str) -> int:
+        """Bytes sent over ``axis`` to have ``value`` in ``layout``."""
+        target = layout.only(axis)
+        sent = self.cost(value, self.home(value).only(axis), target)
+        if value in self.stored:
+            sent = min(sent, self.cost(value, self.stored[value].only(axis), target))
+        return sent
+
+    def read(self, value: int, target: Layout, region: str) -> tuple[Move, ...]:
+        """The moves that bring ``value`` to ``target``, none if it is at hand there.
 
         What was moved in another region (forward, backward) is moved again: a
         gathered weight is not kept from the forward to the backward pass.
         """
         v = self.program.values[value]
         if v.literal is not None and not target.partial:
-            return None
+            return ()
         home = self.home(value)
+        first: tuple[Move, ...] = ()
         held = self.versions.setdefault(value, {home: ""})
+        stored = self.stored.get(value, home)
+        if target == stored:
+            return ()
+        if home not in held:
+            first = (self._move(value, stored, home),)
+            held[home] = ""
         if target == home or held.get(target) == region:
-            return None
-        near = [s for s, where in held.items() if s == home or where == region]
+            return first
+        always = (home, stored)
+        near = [s for s, where in held.items() if s in always or where == region]
         source = min(near, key=lambda s: (self.cost(value, s, target), s != home))
         held[target] = region
+        return (*first, self._move(value, source, target))
+
+    def _move(self, value: int, source: Layout, target: Layout) -> Move:
+        v = self.program.values[value]
         steps = route(v.shape, v.dtype, source, target, self.mesh)
         return Move(value, source, target, steps)
 
     def settle(self, value: int, target: Layout) -> Move:
         """Move ``value`` right after it is made; ``target`` is its home from now."""
-        v = self.program.values[value]
-        source = self.homes[value]
-        steps = route(v.shape, v.dtype, source, target, self.mesh)
+        move = self._move(value, self.homes[value], target)
         self.put(value, target)
-        return Move(value, source, target, steps)
+        return move
 
     def set_mark(self, value: int, **changed: object) -> None:
         self.marks[value] = replace(self.mark(value), **changed)  # type: ignore[arg-type]
