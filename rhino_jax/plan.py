@@ -446,15 +446,15 @@ def _op(data: Any) -> OpPlan:
 
 def _move_data(move: Move) -> list[Any]:
     steps = [[s.kind, list(s.axes), str(s.target), s.wire_bytes] for s in move.steps]
-    return [move.value, str(move.source), steps]
+    return [move.value, str(move.source), steps, *([True] if move.again else [])]
 
 
 def _move(data: Any) -> Move:
-    value, source, steps = data
+    value, source, steps, *again = data
     first = now = parse_layout(source)
     found = []
     for kind, axes, target, sent in steps:
         after = parse_layout(target)
         found.append(Step(kind, tuple(axes), now, after, sent))
         now = after
-    return Move(value, first, now, tuple(found))
+    return Move(value, first, now, tuple(found), bool(again))

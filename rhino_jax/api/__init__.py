@@ -70,7 +70,7 @@ def plan(fun: Callable[..., Any], *args: Any, **options: Any) -> Planned:
     ...     return w - x.T @ (x @ w)
     >>> planned = plan(step, w, x, cluster="h100:1x8", recipe="data_parallel")
     >>> [(c.kind, c.wire_bytes) for c in planned.plan.collectives]
-    [('all_reduce', 28672)]
+    [('all-reduce', 28672)]
     """
     kwargs = options.pop("kwargs", {})
     loaded = _loaded(options.pop("plan", None))

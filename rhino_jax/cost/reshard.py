@@ -53,7 +53,7 @@ def route(
     >>> whole, rows = Layout.replicated(1), Layout.of((("d", 2),))
     >>> term = whole.with_partial("d", "sum")
     >>> [(s.kind, s.wire_bytes) for s in route((8,), "float32", term, rows, mesh)]
-    [('reduce_scatter', 24)]
+    [('reduce-scatter', 24)]
     """
     steps: list[Step] = []
     now = source

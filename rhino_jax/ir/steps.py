@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from rhino_jax.ir.layout import Layout
 
-ALL_REDUCE = "all_reduce"
-REDUCE_SCATTER = "reduce_scatter"
-ALL_GATHER = "all_gather"
-ALL_TO_ALL = "all_to_all"
-PERMUTE = "permute"
+ALL_REDUCE = "all-reduce"
+REDUCE_SCATTER = "reduce-scatter"
+ALL_GATHER = "all-gather"
+ALL_TO_ALL = "all-to-all"
+PERMUTE = "collective-permute"
 SLICE = "slice"
 MASK = "mask"
 EMBED = "embed"
@@ -44,12 +44,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Move:
-    """A value taken from one layout to another by an explicit sequence of steps."""
+    """A value taken from one layout to another by an explicit sequence of steps.
+
+    ``again``: the same move was made before and its result let go (a weight gathered
+    for the forward and once more for the backward pass). Compilers merge equal
+    collectives; a barrier keeps this one apart.
+    """
 
     value: int
     source: Layout
     target: Layout
     steps: tuple[Step, ...]
+    again: bool = False
 
     @property
     def wire_bytes(self) -> int:

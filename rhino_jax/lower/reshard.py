@@ -35,6 +35,8 @@ from rhino_jax.ir.steps import (
 
 def run_move(x: jax.Array, shape: tuple[int, ...], move: Move, mesh: Mesh) -> jax.Array:
     """``x``, the local shard of a value of global ``shape``, after every step."""
+    if move.again:
+        x = lax.optimization_barrier(x)
     for step in move.steps:
         x = run_step(x, shape, step, mesh)
     return x

@@ -114,8 +114,9 @@ class State:
         always = (home, stored)
         near = [s for s, where in held.items() if s in always or where == region]
         source = min(near, key=lambda s: (self.cost(value, s, target), s != home))
+        again = target in held
         held[target] = region
-        return (*first, self._move(value, source, target))
+        return (*first, replace(self._move(value, source, target), again=again))
 
     def _move(self, value: int, source: Layout, target: Layout) -> Move:
         v = self.program.values[value]
