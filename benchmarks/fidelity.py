@@ -86,7 +86,7 @@ def faithful(row: dict[str, Any]) -> bool:
 @click.option("--recipes", default=",".join(RECIPES), show_default=True)
 @click.option("--clusters", default=",".join(MESHES), show_default=True)
 @click.option("--lowerings", default="manual,auto", show_default=True)
-@click.option("--size", default="large", show_default=True)
+@click.option("--size", default="medium", show_default=True)
 @click.option("--depth", default=2, show_default=True)
 @click.option(
     "--out",

@@ -19,7 +19,7 @@ from jax._src.interpreters import mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax._src.lib import xla_client
-from jaxlib.mlir import ir
+from jaxlib.mlir import ir, passmanager
 
 JaxprEqn = jex.core.JaxprEqn
 ClosedJaxpr = jex.core.ClosedJaxpr
@@ -126,6 +126,11 @@ def parse_stablehlo(module: bytes) -> Any:
     context = mlir.make_ir_context()
     with context:
         return ir.Module.parse(module)
+
+
+def run_passes(module: Any, pipeline: str) -> None:
+    """Run a pipeline of MLIR passes over a module, in place."""
+    passmanager.PassManager.parse(pipeline).run(module.operation)
 
 
 def without_locations(module: Any) -> str:

@@ -1,7 +1,7 @@
 """The zoo: seven train steps for one device, as their authors would write them.
 
 `ZOO[name](size)` or `build(name, size)` gives a `Model`: `"tiny"` to run anywhere,
-`"large"` to plan from its shapes. Importing this table imports no model (nor flax).
+`"medium"` to compile in seconds, `"large"` to plan from its shapes. Importing this table imports no model (nor flax).
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ def build(name: str, size: str = "tiny", **options: Any) -> Model:
 
     Args:
         name: a key of `ZOO`.
-        size: `"tiny"` or `"large"`.
+        size: `"tiny"`, `"medium"` or `"large"`.
         options: `depth` (number of layers or blocks), `dtype` (`"float32"`,
             `"float64"` under x64, `"bfloat16"` compute), `optimizer` (an
             `optax.GradientTransformation` in place of the model's own).

@@ -58,6 +58,9 @@ class Config:
 
 SIZES = {
     "tiny": Config(128, 64, 128, 8, layers=2, experts=8, group=32, seq=16, batch=16),
+    "medium": Config(
+        8192, 1024, 2048, 16, layers=4, experts=16, group=256, seq=256, batch=64
+    ),
     "large": Config(
         32000, 768, 6144, 16, layers=16, experts=16, group=2048, seq=1024, batch=64
     ),

@@ -49,6 +49,7 @@ class Config:
 
 SIZES = {
     "tiny": Config(128, 64, 128, 8, layers=2, source=16, target=8, batch=16),
+    "medium": Config(8192, 1024, 2048, 16, layers=4, source=256, target=128, batch=32),
     "large": Config(32128, 1024, 2816, 16, layers=24, source=512, target=128, batch=64),
 }
 

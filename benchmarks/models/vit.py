@@ -41,6 +41,7 @@ class Config:
 
 SIZES = {
     "tiny": Config(16, 4, hidden=64, heads=8, layers=2, classes=16, batch=16),
+    "medium": Config(64, 8, hidden=1024, heads=16, layers=4, classes=1024, batch=64),
     "large": Config(224, 16, hidden=1024, heads=16, layers=24, classes=1000, batch=256),
 }
 

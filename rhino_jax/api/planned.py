@@ -12,7 +12,7 @@ import jax
 
 from rhino_jax import compat
 from rhino_jax.errors import PinError
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.lower.devices import abstract_mesh, as_mesh, check_count, device_mesh
 from rhino_jax.lower.program import jit_step, shardings
 from rhino_jax.options import Options
@@ -195,11 +195,13 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     recipe = options.recipe
     if recipe and mesh is None:
         mesh = _default_mesh(recipe, count)
+    link = TORUS if _platform(options) == "tpu" else ""
+    mesh = mesh.linked(link) if mesh is not None else None
     if recipe:
         assert mesh is not None
         _, assignment = plan_recipe(subject, mesh, recipe, specs)
     else:
-        recipe, mesh, assignment = best_recipe(subject, mesh, count, specs)
+        recipe, mesh, assignment = best_recipe(subject, mesh, count, specs, link)
     plan = make_plan(
         traced.program,
         assignment,
@@ -236,6 +238,15 @@ def subject_of(traced: Traced) -> Subject:
     return Subject(
         traced.program, traced.input_paths, traced.output_paths, traced.state_pairs
     )
+
+
+def _platform(options: Options) -> str:
+    if options.cluster:
+        return parse_target(options.cluster).platform
+    given = options.mesh
+    if isinstance(given, jax.sharding.Mesh):
+        return str(given.devices.flat[0].platform)
+    return jax.default_backend()
 
 
 def _where(options: Options) -> tuple[Any, Mesh | None, int]:

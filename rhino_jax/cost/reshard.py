@@ -19,10 +19,11 @@ moves fewer bytes than one after another.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 from rhino_jax.ir.layout import Layout, Split
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.ir.program import itemsize
 from rhino_jax.ir.steps import (
     ALL_GATHER,
@@ -148,7 +149,7 @@ def _next(
         for (other, _), axes in changes.items():
             if other != kind:
                 continue
-            for group in (axes, *([axis] for axis in axes)):
+            for group in _groups(kind, axes, mesh):
                 after = _apply(shape, now, wanted, group, kind, mesh)
                 if after is not None:
                     return kind, tuple(group), after
@@ -160,6 +161,19 @@ def _next(
                 return ALL_GATHER, (axis,), after
     split = mesh.in_order(iter(now.split_axes))
     return ALL_GATHER, split, now.without(split)
+
+
+def _groups(kind: str, axes: list[str], mesh: Mesh) -> Iterator[list[str]]:
+    """All axes at once, else one by one.
+
+    A TPU compiler turns a reduce-scatter over its whole torus into an all-reduce and a
+    slice, twice the bytes; one axis after the other sends the same and stays real.
+    """
+    torus = all(axis.link == TORUS for axis in mesh.axes if axis.name in axes)
+    if not (torus and kind == REDUCE_SCATTER):
+        yield axes
+    for axis in axes:
+        yield [axis]
 
 
 def _apply(

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 TIME = "time"
+TORUS = "torus"
+"""The link of axes that lie on a TPU's torus."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Mesh:
     def of(**sizes: int) -> Mesh:
         """A mesh from keyword arguments, in their order."""
         return Mesh(tuple(Axis(name, size) for name, size in sizes.items()))
+
+    def linked(self, link: str) -> Mesh:
+        """This mesh with every axis on one kind of link."""
+        return Mesh(tuple(Axis(axis.name, axis.size, link) for axis in self.axes))
 
     @property
     def names(self) -> tuple[str, ...]:

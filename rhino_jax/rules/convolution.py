@@ -82,7 +82,9 @@ def conv_general_dilated(
         low, high = param["padding"][number]
         window = _Window(
             number,
-            *(shape[d] for shape, d in zip((lhs, rhs, made), dims, strict=True)),
+            lhs[dims[0]],
+            rhs[dims[1]],
+            made[dims[2]],
             param["window_strides"][number],
             low,
             high,

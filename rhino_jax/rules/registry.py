@@ -8,7 +8,17 @@ from types import ModuleType
 from rhino_jax.errors import RuleError
 from rhino_jax.ir.factors import Rule
 from rhino_jax.ir.program import Op, Program
-from rhino_jax.rules import contraction, convolution, elementwise, reduction, shape
+from rhino_jax.rules import (
+    assembly,
+    contraction,
+    convolution,
+    elementwise,
+    indexing,
+    random,
+    reduction,
+    shape,
+    sorting,
+)
 from rhino_jax.rules.notation import RuleFn, whole
 
 FAMILIES: tuple[ModuleType, ...] = (
@@ -17,6 +27,10 @@ FAMILIES: tuple[ModuleType, ...] = (
     convolution,
     reduction,
     shape,
+    assembly,
+    sorting,
+    random,
+    indexing,
 )
 
 HEAVY = frozenset(

@@ -33,7 +33,11 @@ def broadcast_in_dim(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> 
 
 def reshape(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
     """The common refinement of both shapes; what has none is one blocked factor."""
-    operand, result, factors = refine(reads[0].shape, makes[0].shape)
+    shape = reads[0].shape
+    # With ``dimensions`` the operand is transposed first.
+    order = tuple(op.param["dimensions"] or range(len(shape)))
+    turned, result, factors = refine(tuple(shape[d] for d in order), makes[0].shape)
+    operand = tuple(turned[order.index(d)] for d in range(len(shape)))
     return Rule(factors, (operand,), (result,), (sums(0),))
 
 

@@ -44,12 +44,17 @@ def plan_recipe(
 
 
 def best_recipe(
-    subject: Subject, mesh: Mesh | None, num_devices: int, pins: Mapping[str, Spec]
+    subject: Subject,
+    mesh: Mesh | None,
+    num_devices: int,
+    pins: Mapping[str, Spec],
+    link: str = "",
 ) -> tuple[str, Mesh, Assignment]:
     """Of all recipes (and meshes, where none is given) the plan that sends least."""
     best: tuple[int, int] | None = None
     answer: tuple[str, Mesh, Assignment] | None = None
-    for rank, (name, tried) in enumerate(_candidates(mesh, num_devices)):
+    for rank, (name, shape) in enumerate(_candidates(mesh, num_devices)):
+        tried = shape.linked(link)
         recipe = RECIPES[name]
         if len([a for a in tried.axes if a.size > 1]) < recipe.least_axes:
             continue

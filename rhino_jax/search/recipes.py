@@ -106,8 +106,9 @@ def place(recipe: Recipe, subject: Subject, mesh: Mesh) -> Placement:
         is_parameter = i in subject.parameters
         wanted = recipe.parameters if is_parameter else recipe.slots
         if wanted:
-            wish = wishes.get(subject.kin[i])
-            avoid = [d for d, dim in enumerate(wish.dims) if dim] if wish else []
+            leader = subject.kin[i]
+            dims = wishes[leader].dims if leader in wishes else ()
+            avoid = [d for d, dim in enumerate(dims) if dim]
             layouts[i] = _zero(subject, i, layouts[i], data, mesh, avoid)
     inputs = tuple(layouts[i] for i in range(len(subject.program.inputs)))
     used = {

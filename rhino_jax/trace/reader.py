@@ -2,21 +2,26 @@
 
 Calls that only wrap other equations (``jit``, custom derivative rules that are done
 with) are inlined; loops, branches and rematerialization become ops with Programs of
-their own. Constants become extra inputs.
+their own. Constants become extra inputs of the outermost Program, wherever they are
+read.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from jax.sharding import PartitionSpec, Sharding
 
 from rhino_jax import compat
 from rhino_jax.ir.check import check
 from rhino_jax.ir.program import Op, Plain, Program, Value, Where
+from rhino_jax.trace.hoist import HOIST, Call
 
 INLINED: Mapping[str, str] = {
     "jit": "jaxpr",
@@ -45,11 +50,14 @@ class _Builder:
     values: list[Value] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
 
-    def value(self, aval: Any, name: str = "") -> int:
+    @staticmethod
+    def of(aval: Any, name: str = "") -> Value:
         weak = bool(getattr(aval, "weak_type", False))
         shape = tuple(int(n) for n in getattr(aval, "shape", ()))
-        dtype = str(getattr(aval, "dtype", aval))
-        self.values.append(Value(shape, dtype, name, weak=weak))
+        return Value(shape, str(getattr(aval, "dtype", aval)), name, weak=weak)
+
+    def value(self, aval: Any, name: str = "") -> int:
+        self.values.append(self.of(aval, name))
         return len(self.values) - 1
 
     def literal(self, literal: Any) -> int:
@@ -65,35 +73,34 @@ class _Builder:
 def read_jaxpr(
     closed: Any, name: str = "step", input_names: Sequence[str] = ()
 ) -> tuple[Program, tuple[Any, ...]]:
-    """The Program of a closed jaxpr, and the constants that follow its inputs."""
+    """The Program of a closed jaxpr, and the constants that follow its inputs.
+
+    A constant that is read in several places, nested Programs included, is one input.
+    """
     builder = _Builder()
-    consts: list[Any] = []
     env: dict[Any, int] = {}
     for i, var in enumerate(closed.jaxpr.invars):
         label = input_names[i] if i < len(input_names) else ""
         env[var] = builder.value(var.aval, label)
-    inputs = [env[var] for var in closed.jaxpr.invars]
-    for var, const in zip(closed.jaxpr.constvars, closed.consts, strict=True):
-        env[var] = builder.value(var.aval, "const")
-        inputs.append(env[var])
-        consts.append(const)
-    reader = _Reader(builder, inputs, consts)
+    reader = _Reader(builder, [env[var] for var in closed.jaxpr.invars])
+    env.update(reader.constants(closed.jaxpr, closed.consts))
     outputs = reader.equations(closed.jaxpr, env, "")
     program = Program(
         tuple(builder.values),
-        tuple(inputs),
+        tuple(reader.inputs),
         tuple(builder.ops),
         tuple(outputs),
         name,
     )
-    return check(program, f"reading {name}"), tuple(consts)
+    return check(program, f"reading {name}"), tuple(reader.consts)
 
 
 @dataclass
 class _Reader:
     builder: _Builder
     inputs: list[int]
-    consts: list[Any]
+    consts: list[Any] = field(default_factory=list)
+    known: dict[int, int] = field(default_factory=dict)
 
     def equations(self, jaxpr: Any, env: dict[Any, int], stack: str) -> list[int]:
         """Read every equation; the numbers of the jaxpr's results."""
@@ -113,65 +120,50 @@ class _Reader:
             env.update(zip(eqn.outvars, outs, strict=True))
         return [read(var) for var in jaxpr.outvars]
 
-    def _inline(self, eqn: Any, inner: Any, ins: list[int], stack: str) -> list[int]:
-        jaxpr, consts = open_jaxpr(inner)
-        env = dict(zip(jaxpr.constvars, self._constants(jaxpr, consts), strict=True))
-        env.update(zip(jaxpr.invars, ins, strict=True))
-        return self.equations(jaxpr, env, _join(stack, compat.name_stack(eqn)))
+    def constants(self, jaxpr: Any, consts: Sequence[Any]) -> dict[Any, int]:
+        """The constants of ``jaxpr`` as inputs of the Program."""
+        pairs = zip(jaxpr.constvars, consts, strict=True)
+        return {var: self._constant(_Builder.of(var.aval), c) for var, c in pairs}
 
-    def _constants(self, jaxpr: Any, consts: Sequence[Any]) -> list[int]:
-        numbers = []
-        for var, const in zip(jaxpr.constvars, consts, strict=True):
-            number = self.builder.value(var.aval, "const")
-            self.inputs.append(number)
-            self.consts.append(const)
-            numbers.append(number)
-        return numbers
-
-    def _op(self, eqn: Any, kind: str, ins: list[int], stack: str) -> list[int]:
-        names = BODIES.get(kind, ())
-        bodies = []
-        extra: list[int] = []
-        for name in names:
-            held = eqn.params[name]
-            for inner in held if isinstance(held, tuple | list) else (held,):
-                jaxpr, consts = open_jaxpr(inner)
-                closed = compat.close(jaxpr, consts)
-                body, more = read_jaxpr(closed, f"{kind}.{name}")
-                if more:
-                    body, numbers = self._hoist(body, more)
-                    extra.append(len(numbers))
-                    assert kind == "scan", f"constants inside {kind} are not hoisted"
-                    count = eqn.params["num_consts"]
-                    ins = [*numbers, *ins]
-                    bodies.append(_consts_first(body, len(more)))
-                    params = dict(plain_params(eqn.params, names))
-                    params["num_consts"] = count + len(more)
-                    return self._emit(eqn, kind, ins, params, tuple(bodies), stack)
-                bodies.append(body)
-        params = dict(plain_params(eqn.params, names))
-        return self._emit(eqn, kind, ins, params, tuple(bodies), stack)
-
-    def _hoist(self, body: Program, consts: Sequence[Any]) -> tuple[Program, list[int]]:
-        """Constants of a body become inputs of the Program around it."""
-        numbers = []
-        for value, const in zip(
-            body.inputs[len(body.inputs) - len(consts) :], consts, strict=True
-        ):
-            self.builder.values.append(body.values[value])
+    def _constant(self, value: Value, const: Any) -> int:
+        # JAX keeps one object per closed-over array; self.consts keeps it alive, so
+        # its id stays its own.
+        if id(const) not in self.known:
+            self.builder.values.append(replace(value, name="const"))
             number = len(self.builder.values) - 1
             self.inputs.append(number)
             self.consts.append(const)
-            numbers.append(number)
-        return body, numbers
+            self.known[id(const)] = number
+        return self.known[id(const)]
+
+    def _inline(self, eqn: Any, inner: Any, ins: list[int], stack: str) -> list[int]:
+        jaxpr, consts = open_jaxpr(inner)
+        env = self.constants(jaxpr, consts)
+        env.update(zip(jaxpr.invars, ins, strict=True))
+        return self.equations(jaxpr, env, _join(stack, compat.name_stack(eqn)))
+
+    def _op(self, eqn: Any, kind: str, ins: list[int], stack: str) -> list[int]:
+        names = BODIES.get(kind, ())
+        call = Call([], ins, dict(plain_params(eqn.params, names)))
+        hoisted: list[list[int]] = []
+        for name in names:
+            held = eqn.params[name]
+            for inner in held if isinstance(held, tuple | list) else (held,):
+                closed = compat.close(*open_jaxpr(inner))
+                body, consts = read_jaxpr(closed, f"{kind}.{name}")
+                taken = body.inputs[len(body.inputs) - len(consts) :]
+                pairs = zip(taken, consts, strict=True)
+                hoisted.append([self._constant(body.values[v], c) for v, c in pairs])
+                call.bodies.append(body)
+        if any(hoisted):
+            call = HOIST[kind](call, hoisted)
+        return self._emit(eqn, kind, call, stack)
 
     def _emit(
         self,
         eqn: Any,
         kind: str,
-        ins: list[int],
-        params: dict[str, Plain],
-        bodies: tuple[Program, ...],
+        call: Call,
         stack: str,
     ) -> list[int]:
         outs = [self.builder.value(var.aval) for var in eqn.outvars]
@@ -180,13 +172,13 @@ class _Reader:
         self.builder.ops.append(
             Op(
                 kind,
-                tuple(ins),
+                tuple(call.operands),
                 tuple(outs),
-                tuple(sorted(params.items())),
-                bodies,
+                tuple(sorted(call.params.items())),
+                tuple(call.bodies),
                 where,
                 eqn,
-                tuple(sorted(str(e) for e in eqn.effects)),
+                tuple(sorted(type(e).__name__ for e in eqn.effects)),
             )
         )
         return outs
@@ -197,13 +189,6 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     if isinstance(jaxpr, compat.ClosedJaxpr):
         return jaxpr.jaxpr, jaxpr.consts
     return jaxpr, ()
-
-
-def _consts_first(body: Program, count: int) -> Program:
-    """The inputs that were constants, in front of the others (as a scan wants)."""
-    keep = len(body.inputs) - count
-    inputs = (*body.inputs[keep:], *body.inputs[:keep])
-    return Program(body.values, inputs, body.ops, body.outputs, body.name)
 
 
 def _join(outer: str, inner: str) -> str:
@@ -220,19 +205,28 @@ def plain_params(
 
 
 def plain(value: Any) -> Plain:
-    """A parameter as plain data; what is none is named by its type."""
+    """A parameter as plain data; what is none is named by its type.
+
+    Two parameters of different meaning stay different where that can be told without
+    an address: a jaxpr is known by a hash of its text, a sharding by its text.
+    """
+    if isinstance(value, np.generic):
+        return value.item()
     if value is None or isinstance(value, bool | int | float | str | complex):
         return value
     if isinstance(value, enum.Enum):
         return value.name
+    if isinstance(value, compat.ClosedJaxpr | compat.Jaxpr):
+        text = _ADDRESS.sub("", str(value))
+        return f"jaxpr:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    if isinstance(value, Sharding | PartitionSpec):
+        return str(value)
     if hasattr(value, "_fields"):
         return tuple((name, plain(getattr(value, name))) for name in value._fields)
     if isinstance(value, tuple | list):
         return tuple(plain(v) for v in value)
     if isinstance(value, Mapping):
         return tuple((str(k), plain(v)) for k, v in sorted(value.items()))
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, np.dtype) or (
         isinstance(value, type) and issubclass(value, np.generic)
     ):
@@ -241,3 +235,6 @@ def plain(value: Any) -> Plain:
     if fields and not isinstance(value, type):
         return tuple((name, plain(getattr(value, name))) for name in fields)
     return f"<{type(value).__name__}>"
+
+
+_ADDRESS = re.compile(r"0x[0-9a-f]+")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import ModuleType
 
@@ -9,11 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from rhino_jax.lower.local import (
+    assembly,
     contraction,
     convolution,
     elementwise,
+    indexing,
+    random,
     reduction,
     shape,
+    sorting,
 )
 from rhino_jax.lower.local.shard import LocalFn, Shard, as_it_stands
 from rhino_jax.lower.reshard import neutral
@@ -24,6 +29,10 @@ FAMILIES: tuple[ModuleType, ...] = (
     convolution,
     reduction,
     shape,
+    assembly,
+    sorting,
+    random,
+    indexing,
 )
 
 
@@ -61,9 +70,11 @@ def _filled(shard: Shard, args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         for i, dims in enumerate(shard.rule.operands):
             for d, dim in enumerate(dims):
                 if factor.name in dim:
-                    assert dim == (factor.name,), "a ragged factor inside a product"
+                    assert dim[0] == factor.name, "a ragged factor inside a product"
+                    inner = math.prod(shard.size(n) for n in dim[1:])
                     keep = jnp.expand_dims(
-                        inside, [k for k in range(len(dims)) if k != d]
+                        jnp.repeat(inside, inner),
+                        [k for k in range(len(dims)) if k != d],
                     )
                     fill = neutral(factor.operator, filled[i].dtype)
                     filled[i] = jnp.where(keep, filled[i], fill)

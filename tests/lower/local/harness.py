@@ -47,7 +47,7 @@ def evaluate(program: Program, args: Sequence[Any]) -> list[np.ndarray]:
     (op,) = program.ops
     mesh = Mesh.of(x=1)
     rule = rule_of(program, op)
-    wanted, given = layouts(rule, Choice())
+    _, given = layouts(rule, Choice())
     plan = Assignment(
         tuple(Layout.replicated(len(program.values[v].shape)) for v in program.inputs),
         given,

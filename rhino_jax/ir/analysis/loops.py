@@ -1,0 +1,88 @@
+"""Loop pairs: a forward scan and the reverse scan that differentiation made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rhino_jax.ir.program import Op, Program
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A value that the forward loop stacks and the backward loop reads.
+
+    ``result`` is the position among the forward scan's results, ``operands`` those
+    among the backward scan's operands. ``num_bytes`` are those of the whole stack;
+    ``of_batch`` says whether it depends on the batch: what does not (cast weights,
+    masks) is kept once, not for every microbatch.
+    """
+
+    value: int
+    result: int
+    operands: tuple[int, ...]
+    num_bytes: int
+    of_batch: bool
+
+
+@dataclass(frozen=True)
+class LoopPair:
+    """Two scans of equal ``length`` (the layer dimension) in opposite directions.
+
+    ``forward`` and ``backward`` are op indices.
+    """
+
+    forward: int
+    backward: int
+    length: int
+    saved: tuple[Saved, ...]
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(saved.num_bytes for saved in self.saved)
+
+
+def loop_pairs(program: Program, batch: frozenset[int]) -> tuple[LoopPair, ...]:
+    """The loop pairs among the ops of ``program``, in the order of their forward scans.
+
+    ``batch`` are the values that depend on the batch. Pairs inside bodies are found by
+    calling this on the bodies.
+    """
+    return tuple(
+        LoopPair(index, later, op.param["length"], saved)
+        for index, op in enumerate(program.ops)
+        if op.kind == "scan"
+        for later in _readers(program, op)
+        if later > index
+        and program.ops[later].kind == "scan"
+        and _mirrored(op, program.ops[later])
+        and (saved := tuple(_saved(program, op, program.ops[later], batch)))
+    )
+
+
+def _readers(program: Program, op: Op) -> list[int]:
+    stacked = op.results[op.param["num_carry"] :]
+    return sorted({use for v in stacked for use in program.uses.get(v, ())})
+
+
+def _mirrored(one: Op, other: Op) -> bool:
+    return (
+        one.param["length"] == other.param["length"]
+        and one.param["reverse"] != other.param["reverse"]
+    )
+
+
+def _saved(
+    program: Program, forward: Op, backward: Op, batch: frozenset[int]
+) -> Iterator[Saved]:
+    first = backward.param["num_consts"] + backward.param["num_carry"]
+    for result in range(forward.param["num_carry"], len(forward.results)):
+        value = forward.results[result]
+        operands = tuple(
+            i
+            for i in range(first, len(backward.operands))
+            if backward.operands[i] == value
+        )
+        if operands:
+            num_bytes = program.values[value].num_bytes
+            yield Saved(value, result, operands, num_bytes, value in batch)
