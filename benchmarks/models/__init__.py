@@ -1,7 +1,8 @@
 """The zoo: seven train steps for one device, as their authors would write them.
 
 `ZOO[name](size)` or `build(name, size)` gives a `Model`: `"tiny"` to run anywhere,
-`"medium"` to compile in seconds, `"large"` to plan from its shapes. Importing this table imports no model (nor flax).
+`"medium"` to compile in seconds, `"large"` to plan from its shapes. Importing this
+table imports no model (nor flax).
 """
 
 from collections.abc import Callable

@@ -52,10 +52,31 @@ class _Frame:
         )
         return held[layout]
 
-    def move(self, move: Move) -> None:
+    def move(self, move: Move, beside: Sequence[int] = ()) -> None:
         source = self.get(move.value, move.source)
+        if move.again:
+            source = self._apart(source, move.value, beside)
         shape = self.program.values[move.value].shape
         self.put(move.value, move.target, run_move(source, shape, move, self.mesh))
+
+
+    def _apart(
+        self, source: jax.Array, value: int, beside: Sequence[int]
+    ) -> jax.Array:
+        """``source`` behind a barrier, so that no compiler merges what is done again.
+
+        The barrier waits for the largest other operand of the op that reads it (a
+        cotangent, for a weight that is gathered again): alone it is seen through.
+        """
+        others = [v for v in beside if v != value and v in self.versions]
+        if not others:
+            return lax.optimization_barrier(source)
+        anchor = max(others, key=lambda v: self.program.values[v].size)
+        held = self.versions[anchor]
+        layouts = list(held)
+        source, *waited = lax.optimization_barrier((source, *held.values()))
+        self.versions[anchor] = dict(zip(layouts, waited, strict=True))
+        return source
 
 
 def _literal(program: Program, value: int) -> jax.Array:
@@ -86,7 +107,7 @@ def run(
 def _run_op(frame: _Frame, op: Op, plan: OpPlan) -> None:
     program = frame.program
     for move in plan.before:
-        frame.move(move)
+        frame.move(move, op.operands)
     rule: Rule | None = None if op.programs else rule_of(program, op)
     wanted, given = boundary(program, op, plan, rule)
     args = tuple(

@@ -35,8 +35,6 @@ from rhino_jax.ir.steps import (
 
 def run_move(x: jax.Array, shape: tuple[int, ...], move: Move, mesh: Mesh) -> jax.Array:
     """``x``, the local shard of a value of global ``shape``, after every step."""
-    if move.again:
-        x = lax.optimization_barrier(x)
     for step in move.steps:
         x = run_step(x, shape, step, mesh)
     return x
@@ -154,11 +152,16 @@ def _pieces(shape: tuple[int, ...], step: Step, mesh: Mesh) -> list[list[_Piece]
 
 
 def _padded(x: jax.Array, shape: tuple[int, ...], step: Step, mesh: Mesh) -> jax.Array:
-    """``x`` padded with zeros where the target is ragged and the source is not."""
+    """``x`` padded with zeros where the target is more ragged than the source.
+
+    Local elements lie in the order of their global indices, so a shard's part of the
+    pad comes last, whatever digits are split already.
+    """
     widths = []
     for n, old, new in zip(shape, step.source.dims, step.target.dims, strict=True):
-        have, want = padded_size(n, old, mesh), padded_size(n, new, mesh)
-        widths.append((0, want - have if want > have and not old else 0))
+        high = max(padded_size(n, old, mesh), padded_size(n, new, mesh))
+        parts = mesh.group_size(tuple(split.axis for split in old))
+        widths.append((0, (high - padded_size(n, old, mesh)) // parts))
     return jnp.pad(x, widths) if any(w for _, w in widths) else x
 
 

@@ -162,6 +162,10 @@ Factor = Callable[[str, str], float | None]
 """(planned dtype, compiled dtype) to planned bytes per compiled byte, or None."""
 
 
+def _same_type(planned: str, compiled: str) -> float | None:
+    return 1.0 if planned in ("", compiled) else None
+
+
 def _as_it_is(planned: str, compiled: str) -> float | None:
     return 1.0
 
@@ -181,7 +185,14 @@ def _widened(planned: str, compiled: str) -> float | None:
     return 0.5 if not planned and compiled == "f32" else None
 
 
-_FACTORS: tuple[Factor, ...] = (_as_it_is, _retyped, _narrowed, _widened)
+_FACTORS: tuple[Factor, ...] = (
+    _same_type,
+    _retyped,
+    _as_it_is,
+    _narrowed,
+    _widened,
+)
+"""In this order: half the bytes of one matrix may be all the bytes of another."""
 
 
 def _explain(

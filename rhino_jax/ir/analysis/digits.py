@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import prod
 
 from rhino_jax.ir.factors import Dims, Rule
 
@@ -144,11 +143,6 @@ def moved(place: Place, by: int) -> Place:
 def within(place: Place) -> Place:
     """``place`` of one slice along the first dimension."""
     return moved(tuple(d for d in place if d.dim > 0), -1)
-
-
-def total(place: Place) -> int:
-    """How many examples the digits tell apart."""
-    return prod(d.size for d in place)
 
 
 def along_first(place: Place) -> Iterator[Digit]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rhino_jax.ir.analysis.regions import FORWARD, RESIDUAL, Regions
-from rhino_jax.ir.analysis.segments import PROLOGUE_OWNER, Segmentation
+from rhino_jax.ir.analysis.regions import Regions
+from rhino_jax.ir.analysis.segments import Segmentation
 from rhino_jax.ir.program import Program
 
 FEW = 3
@@ -36,7 +36,7 @@ def global_values(
     the order of value numbers.
     """
     parameters = {program.inputs[i] for i in regions.parameters}
-    readers = _readers(program, regions, segmentation, parameters)
+    readers = _readers(program, segmentation, parameters)
     return tuple(
         Global(value, tuple(sorted(found)), value in parameters)
         for value, found in sorted(readers.items())
@@ -46,21 +46,16 @@ def global_values(
 
 
 def _readers(
-    program: Program,
-    regions: Regions,
-    segmentation: Segmentation,
-    parameters: set[int],
+    program: Program, segmentation: Segmentation, parameters: set[int]
 ) -> Mapping[int, set[int]]:
     found: dict[int, set[int]] = {}
     for segment in segmentation.segments:
         for index in segment.forward:
-            if regions.of[index] in (FORWARD, RESIDUAL):
-                for value in program.ops[index].operands:
-                    if program.values[value].literal is None:
-                        found.setdefault(value, set()).add(segment.index)
+            for value in program.ops[index].operands:
+                if program.values[value].literal is None:
+                    found.setdefault(value, set()).add(segment.index)
     through: dict[int, set[int]] = {}
     for index in reversed(segmentation.prologue):
-        assert segmentation.owner[index] == PROLOGUE_OWNER
         op = program.ops[index]
         behind: set[int] = set()
         for value in op.results:

@@ -52,10 +52,9 @@ def analyzed(fun: Callable[..., Any], *args: Any) -> Analyzed:
 
 
 @lru_cache
-def zoo(name: str, depth: int | None = -1) -> Analyzed:
+def zoo(name: str, depth: int | None = None, dtype: str = "float32") -> Analyzed:
     """The tiny model ``name``, at its depth in ``DEPTHS`` unless told."""
-    depth = DEPTHS[name] if depth == -1 else depth
-    model = build(name, "tiny", depth=depth)
+    model = build(name, "tiny", depth=depth or DEPTHS[name], dtype=dtype)
     return analyzed(model.train_step, model.state_shapes, model.batch_shapes)
 
 

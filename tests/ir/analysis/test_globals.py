@@ -29,7 +29,7 @@ def test_what_all_layers_of_t5_read() -> None:
     """Both tables of positions, the shared embedding; bias, mask and memory."""
     found = zoo("t5")
     program = found.program
-    names = {program.inputs[i]: found.named(i) for i in range(len(program.inputs))}
+    names = {program.inputs[i]: found.named(i) for i in range(found.traced.num_inputs)}
     tied = [g for g in found.structure.globals_ if g.is_parameter]
     assert [names[g.value].removeprefix("state/params/") for g in tied] == [
         "decoder_bias/table",

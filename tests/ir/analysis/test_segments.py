@@ -58,9 +58,13 @@ def test_segments_run_forward_and_then_back(name: str, grain: str) -> None:
                 assert owner[maker] >= owner[index]
 
 
-@pytest.mark.parametrize("name", ["gpt_unrolled", "vit", "resnet", "t5"])
-def test_gradients_are_made_in_the_segment_of_their_parameter(name: str) -> None:
-    found = zoo(name)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gpt_unrolled", "resnet", "t5", "moe"])
+def test_gradients_are_made_in_the_segment_of_their_parameter(
+    name: str, dtype: str
+) -> None:
+    """Also where all parameters are cast before the first segment (moe)."""
+    found = zoo(name, dtype=dtype)
     program, known = found.program, found.structure.regions
     divided = found.structure.fine
     for segment in divided.segments:

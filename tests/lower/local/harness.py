@@ -65,6 +65,32 @@ def recombine(
     args: Sequence[Any],
 ) -> list[np.ndarray]:
     """The one op run shard by shard under ``choice``, and put together again."""
+    return recombine_all(program, [choice], mesh, jax_mesh, args)[0]
+
+
+def recombine_all(
+    program: Program,
+    choices: Sequence[Choice],
+    mesh: Mesh,
+    jax_mesh: jax.sharding.Mesh,
+    args: Sequence[Any],
+) -> list[list[np.ndarray]]:
+    """The results under each choice; all of them are compiled together, as that is
+    most of the time."""
+    plans = [_plan(program, choice, mesh) for choice in choices]
+    body = jax.shard_map(
+        lambda *xs: [run(program, plan, mesh, xs) for plan in plans],
+        mesh=jax_mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    found = jax.jit(body)(*args)
+    return [[np.asarray(_words(x)) for x in one] for one in found]
+
+
+def _plan(program: Program, choice: Choice, mesh: Mesh) -> Assignment:
+    """Whole operands cut to what the choice wants, and its results made whole."""
     (op,) = program.ops
     rule = rule_of(program, op)
     assert not choice_problems(rule, choice, mesh), choice_problems(rule, choice, mesh)
@@ -89,19 +115,11 @@ def recombine(
         for value, layout, whole in zip(op.results, given, wholes, strict=True)
         if layout != whole
     ]
-    plan = Assignment(
+    return Assignment(
         tuple(Layout.replicated(len(program.values[v].shape)) for v in program.inputs),
         tuple(wholes),
         (OpPlan(choice, tuple(before), tuple(after)),),
     )
-    body = jax.shard_map(
-        lambda *xs: run(program, plan, mesh, xs),
-        mesh=jax_mesh,
-        in_specs=PartitionSpec(),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
-    return [np.asarray(_words(x)) for x in jax.jit(body)(*args)]
 
 
 def random_choice(rule: Rule, mesh: Mesh, rng: random.Random) -> Choice:
@@ -145,7 +163,7 @@ def check(
     rtol: float = 1e-5,
     args_of_op: Sequence[Any] | None = None,
 ) -> list[Choice]:
-    """Run the op of ``fun`` under every one-axis choice's like, at random.
+    """Run the op of ``fun`` under random choices against the op itself.
 
     ``args_of_op`` are given where the op's operands are not the arguments of ``fun``.
     Returns the choices tried, so that a test can say what it covered.
@@ -156,8 +174,9 @@ def check(
     tried = [random_choice(rule, mesh, rng) for _ in range(choices)]
     given = args if args_of_op is None else args_of_op
     expected = evaluate(program, given)
-    for choice in dict.fromkeys(tried):
-        got = recombine(program, choice, mesh, jax_mesh, given)
+    unique = list(dict.fromkeys(tried))
+    found = recombine_all(program, unique, mesh, jax_mesh, given)
+    for choice, got in zip(unique, found, strict=True):
         for want, have in zip(expected, got, strict=True):
             message = f"{op.kind} under {choice} with {rule.text}"
             if want.dtype.kind in "fc":

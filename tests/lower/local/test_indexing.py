@@ -17,7 +17,14 @@ from rhino_jax.ir.program import Program
 from rhino_jax.lower.manual import run
 from rhino_jax.rules import rule_of
 from rhino_jax.trace.reader import read_jaxpr
-from tests.lower.local.harness import check, evaluate, every_choice, one_op, recombine
+from tests.lower.local.harness import (
+    check,
+    evaluate,
+    every_choice,
+    one_op,
+    recombine,
+    recombine_all,
+)
 
 MESH = Mesh.of(x=2, y=2, z=2)
 SMALL = Mesh.of(x=2)
@@ -66,8 +73,9 @@ def cover(fun, args, kind, device_mesh, choices=2, seed=0):
             block = 2 * split.stride == rule.factor(name).size
             if rule.factor(name).kind != "parallel":
                 tried.setdefault((name, block), choice)
-    for choice in tried.values():
-        (have,) = recombine(program, choice, SMALL, device_mesh(SMALL), given)
+    unique = list(tried.values())
+    found = recombine_all(program, unique, SMALL, device_mesh(SMALL), given)
+    for choice, (have,) in zip(unique, found, strict=True):
         np.testing.assert_allclose(
             have, want, 1e-5, 1e-5, err_msg=f"{choice} of {rule.text}"
         )
