@@ -114,7 +114,10 @@ class State:
         always = (home, stored)
         near = [s for s, where in held.items() if s in always or where == region]
         source = min(near, key=lambda s: (self.cost(value, s, target), s != home))
-        again = target in held
+        # A weight moved, or turned around, and gathered for the backward pass: the
+        # compiler may see that the forward pass gathered the same.
+        weight = region == "backward" and not self.mark(value).batch
+        again = target in held or weight
         held[target] = region
         return (*first, replace(self._move(value, source, target), again=again))
 
