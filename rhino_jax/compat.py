@@ -75,10 +75,12 @@ def literal(value: Any, dtype: str, weak: bool) -> Any:
     return lax_internal._convert_element_type(array, array.dtype, weak_type=weak)
 
 
-def open_jaxpr(closed: Any) -> Any:
-    """The open jaxpr of a closed one that has no constants."""
-    assert not closed.consts, "a nested Program with constants"
-    return closed.jaxpr
+def scan_counts(params: Any) -> tuple[int, int]:
+    """How many constants and carried values a scan has (jax 0.11 packs them)."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def without_constants(closed: Any) -> tuple[Any, list[Any]]:

@@ -100,7 +100,10 @@ def shards(
             term = term * mesh.size(axis) + at[axis]
         source = terms[term] if layout.partial else whole
         indices = held(layout, whole.shape, mesh, at)
-        top = [max(n, *(i + 1 for i in ii)) for n, ii in zip(whole.shape, indices)]
+        top = [
+            max(n, *(i + 1 for i in ii))
+            for n, ii in zip(whole.shape, indices, strict=True)
+        ]
         padded = np.full(top, pad, whole.dtype)
         padded[tuple(slice(n) for n in whole.shape)] = source
         found.append(padded[np.ix_(*indices)])
@@ -131,8 +134,13 @@ def recombined(
         whole = replicas.setdefault(who, np.zeros(shape, local.dtype))
         count = seen.setdefault(who, np.zeros(shape, int))
         indices = held(layout, shape, mesh, at)
-        inside = [[k for k, i in enumerate(ii) if i < n] for n, ii in zip(shape, indices)]
-        here = np.ix_(*([i for i in ii if i < n] for n, ii in zip(shape, indices)))
+        inside = [
+            [k for k, i in enumerate(ii) if i < n]
+            for n, ii in zip(shape, indices, strict=True)
+        ]
+        here = np.ix_(
+            *([i for i in ii if i < n] for n, ii in zip(shape, indices, strict=True))
+        )
         part = local[np.ix_(*inside)]
         if layout.partial:
             combine = COMBINE[layout.partial[0][1]]
@@ -140,5 +148,7 @@ def recombined(
         whole[here] = part
         count[here] += 1
     terms = mesh.group_size(layout.partial_axes)
-    assert all((count == terms).all() for count in seen.values()), f"{layout} is no cover"
+    assert all((count == terms).all() for count in seen.values()), (
+        f"{layout} is no cover"
+    )
     return list(replicas.values())

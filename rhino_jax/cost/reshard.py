@@ -6,11 +6,14 @@ axis, and digits of different axes never depend on one another, so the sequence 
 found by taking, again and again, every change that is possible now, the ones that
 make the value smaller first::
 
-    slice · mask · embed   free
+    whole -> split         slice, free
+    whole -> partial       mask, free
     partial -> split       reduce-scatter
-    split -> other digit   all-to-all (permutes where the digits overlap)
     partial -> whole       all-reduce
+    axes change places     permute
+    split -> other digit   all-to-all
     split -> whole         all-gather
+    split -> partial       embed, free, but the value grows
 
 Changes of one kind over several axes become one collective over their product, which
 moves fewer bytes than one after another.
@@ -41,7 +44,16 @@ WHOLE = "whole"
 State = str | tuple[int, Split]
 """``"whole"``, an operator's name (partial), or a (dimension, digit)."""
 
-_ORDER = (SLICE, MASK, REDUCE_SCATTER, ALL_TO_ALL, ALL_REDUCE, EMBED, ALL_GATHER)
+_ORDER = (
+    SLICE,
+    MASK,
+    REDUCE_SCATTER,
+    ALL_REDUCE,
+    PERMUTE,
+    ALL_TO_ALL,
+    ALL_GATHER,
+    EMBED,
+)
 
 
 @lru_cache(maxsize=200_000)
@@ -130,22 +142,29 @@ def _kind(now: State, target: State) -> str:
     return ALL_REDUCE
 
 
+def _operator(kind: str, now: State, target: State) -> str:
+    """The operator of a change that combines terms or makes some: one to a step."""
+    state = now if kind == ALL_REDUCE else target
+    return state if kind in (ALL_REDUCE, MASK, EMBED) and isinstance(state, str) else ""
+
+
 def _next(
     shape: tuple[int, ...], now: Layout, target: Layout, mesh: Mesh
 ) -> tuple[str, tuple[str, ...], Layout]:
     """The next step: its kind, its axes and the layout after it."""
     swap = _swap(now, target, mesh)
-    if swap:
-        return swap
     wanted = {a: _state(target, a) for a in mesh.names}
     changes: dict[tuple[str, str], list[str]] = {}
     for axis in mesh.names:
         state = _state(now, axis)
-        if state != wanted[axis]:
+        if state != wanted[axis] and not (swap and axis in swap[1]):
             kind = _kind(state, wanted[axis])
-            operator = state if isinstance(state, str) and kind == ALL_REDUCE else ""
-            changes.setdefault((kind, operator), []).append(axis)
+            changes.setdefault((kind, _operator(kind, state, wanted[axis])), []).append(
+                axis
+            )
     for kind in _ORDER:
+        if kind == PERMUTE and swap:
+            return swap
         for (other, _), axes in changes.items():
             if other != kind:
                 continue
@@ -185,6 +204,8 @@ def _apply(
     mesh: Mesh,
 ) -> Layout | None:
     after = now.without(axes)
+    if kind in (MASK, EMBED) and _waits(now, wanted, axes):
+        return None
     for axis in axes:
         # A maximum has no reduce-scatter: reduce, and slice in the next step.
         state = WHOLE if kind == ALL_REDUCE else wanted[axis]
@@ -199,6 +220,16 @@ def _apply(
             if _overlaps(both, where, axis, mesh, shape):
                 return None
     return after
+
+
+def _waits(now: Layout, wanted: dict[str, State], axes: list[str]) -> bool:
+    """Whether terms of another operator are combined first.
+
+    A maximum over one axis and a sum over another have no order, and the neutral
+    element of the one spoils the other.
+    """
+    goals = {wanted[axis] for axis in axes}
+    return any(op not in goals and wanted[axis] != op for axis, op in now.partial)
 
 
 def _overlaps(

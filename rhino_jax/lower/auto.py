@@ -9,7 +9,8 @@ hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.layout import Layout, contiguous
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
+from rhino_jax.lower.control import CONTROL
 from rhino_jax.rules import rule_of
 
 Arrays = Sequence[jax.Array]
@@ -83,59 +85,16 @@ class _Replay:
         ]
 
     def op(self, op: Op, plan: OpPlan, ins: list[jax.Array]) -> Sequence[jax.Array]:
-        changed = {}
         if op.programs:
             bodies = [
-                self.closed(program, inner, ins, op, number)
-                for number, (program, inner) in enumerate(
-                    zip(op.programs, plan.inner, strict=True)
-                )
+                partial(self.body, inner, done)
+                for inner, done in zip(op.programs, plan.inner, strict=True)
             ]
-            changed = _PARAMETERS[op.kind](op, bodies)
-        out = compat.bind(op.source, ins, changed)
+            return CONTROL[op.kind](op, bodies, ins)
+        out = compat.bind(op.source, ins, {})
         return out if isinstance(out, list | tuple) else [out]
 
-    def closed(
-        self, program: Program, inner: Assignment, ins: Arrays, op: Op, number: int
-    ) -> Any:
-        """The jaxpr of a nested Program, with its constraints in it."""
-        avals = [
-            jax.ShapeDtypeStruct(
-                program.values[v].shape,
-                _dtype(program, v, x),
-                weak_type=program.values[v].weak,
-            )
-            for v, x in zip(program.inputs, _inputs(op, ins, number), strict=True)
-        ]
-        return jax.make_jaxpr(lambda *args: self.run(program, inner, args))(*avals)
-
-
-def _dtype(program: Program, value: int, given: jax.Array) -> Any:
-    dtype = program.values[value].dtype
-    # A typed key's dtype has no numpy name; the operand itself carries it.
-    return given.dtype if dtype.startswith("key<") else dtype
-
-
-def _inputs(op: Op, ins: Arrays, number: int) -> Arrays:
-    """The operands that go into the op's nested Program ``number``."""
-    if op.kind == "cond":
-        return ins[1:]
-    if op.kind == "while":
-        test, body = op.param["cond_nconsts"], op.param["body_nconsts"]
-        return (
-            *(ins[:test] if number == 0 else ins[test : test + body]),
-            *ins[test + body :],
-        )
-    return ins
-
-
-_PARAMETERS: dict[str, Callable[[Op, list[Any]], dict[str, Any]]] = {
-    "scan": lambda op, bodies: {
-        "jaxpr": bodies[0],
-        "num_consts": op.param["num_consts"],
-        "linear": (False,) * len(op.operands),
-    },
-    "while": lambda op, bodies: {"cond_jaxpr": bodies[0], "body_jaxpr": bodies[1]},
-    "cond": lambda op, bodies: {"branches": tuple(bodies)},
-    "remat2": lambda op, bodies: {"jaxpr": compat.open_jaxpr(bodies[0])},
-}
+    def body(
+        self, program: Program, assignment: Assignment, *args: jax.Array
+    ) -> list[jax.Array]:
+        return self.run(program, assignment, args)

@@ -8,9 +8,9 @@ values are plain local arrays that nobody has summed yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import jax
 from jax import lax
@@ -22,6 +22,7 @@ from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.ir.steps import Move
+from rhino_jax.lower.control import CONTROL
 from rhino_jax.lower.local import run_local
 from rhino_jax.lower.local.shard import Shard
 from rhino_jax.lower.reshard import run_move
@@ -59,10 +60,7 @@ class _Frame:
         shape = self.program.values[move.value].shape
         self.put(move.value, move.target, run_move(source, shape, move, self.mesh))
 
-
-    def _apart(
-        self, source: jax.Array, value: int, beside: Sequence[int]
-    ) -> jax.Array:
+    def _apart(self, source: jax.Array, value: int, beside: Sequence[int]) -> jax.Array:
         """``source`` behind a barrier, so that no compiler merges what is done again.
 
         The barrier waits for the largest other operand of the op that reads it (a
@@ -115,7 +113,11 @@ def _run_op(frame: _Frame, op: Op, plan: OpPlan) -> None:
         for value, layout in zip(op.operands, wanted, strict=True)
     )
     if rule is None:
-        outs = _CONTROL[op.kind](frame.mesh, op, plan, args)
+        bodies = [
+            partial(_body, frame.mesh, inner, done)
+            for inner, done in zip(op.programs, plan.inner, strict=True)
+        ]
+        outs = CONTROL[op.kind](op, bodies, args)
     else:
         shard = Shard(
             op,
@@ -132,64 +134,7 @@ def _run_op(frame: _Frame, op: Op, plan: OpPlan) -> None:
         frame.move(move)
 
 
-def _body(mesh: Mesh, program: Program, assignment: Assignment) -> Callable[..., Any]:
-    return lambda *args: run(program, assignment, mesh, args)
-
-
-def _scan(mesh: Mesh, op: Op, plan: OpPlan, args: Arrays) -> Arrays:
-    (program,), (inner,) = op.programs, plan.inner
-    consts, carry = op.param["num_consts"], op.param["num_carry"]
-    body = _body(mesh, program, inner)
-
-    def step(held: tuple[jax.Array, ...], xs: tuple[jax.Array, ...]) -> Any:
-        outs = body(*args[:consts], *held, *xs)
-        return tuple(outs[:carry]), tuple(outs[carry:])
-
-    held, ys = lax.scan(
-        step,
-        tuple(args[consts : consts + carry]),
-        tuple(args[consts + carry :]),
-        length=op.param["length"],
-        reverse=op.param["reverse"],
-        unroll=op.param["unroll"],
-    )
-    return [*held, *ys]
-
-
-def _while(mesh: Mesh, op: Op, plan: OpPlan, args: Arrays) -> Arrays:
-    split = op.param["cond_nconsts"]
-    consts = op.param["body_nconsts"]
-    test = _body(mesh, op.programs[0], plan.inner[0])
-    body = _body(mesh, op.programs[1], plan.inner[1])
-    out = lax.while_loop(
-        lambda held: test(*args[:split], *held)[0],
-        lambda held: tuple(body(*args[split : split + consts], *held)),
-        tuple(args[split + consts :]),
-    )
-    return list(out)
-
-
-def _cond(mesh: Mesh, op: Op, plan: OpPlan, args: Arrays) -> Arrays:
-    branches = [
-        _body(mesh, program, inner)
-        for program, inner in zip(op.programs, plan.inner, strict=True)
-    ]
-    index, rest = args[0], args[1:]
-    return lax.switch(index.astype("int32"), branches, *rest)
-
-
-def _remat(mesh: Mesh, op: Op, plan: OpPlan, args: Arrays) -> Arrays:
-    body = _body(mesh, op.programs[0], plan.inner[0])
-    # Bound again rather than wrapped in jax.checkpoint, which would forget that the
-    # equation is already differentiated, and with that its barriers.
-    closed = jax.make_jaxpr(body)(*compat.local_avals(args))
-    jaxpr, consts = compat.without_constants(closed)
-    return compat.bind(op.source, (*consts, *args), {"jaxpr": jaxpr})
-
-
-_CONTROL: dict[str, Callable[[Mesh, Op, OpPlan, Arrays], Arrays]] = {
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "remat2": _remat,
-}
+def _body(
+    mesh: Mesh, program: Program, assignment: Assignment, *args: jax.Array
+) -> list[jax.Array]:
+    return run(program, assignment, mesh, args)

@@ -153,7 +153,22 @@ def split(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
     return Rule(tuple(factors), (tuple(operand),), tuple(results), (flow,))
 
 
+def optimization_barrier(
+    op: Op, reads: Sequence[Value], makes: Sequence[Value]
+) -> Rule:
+    """Every operand passes as it is, whatever the others' layouts."""
+    factors: list[Factor] = []
+    dims: list[Dims] = []
+    for i, value in enumerate(reads):
+        letters = names(f"o{i}_", len(value.shape))
+        factors += [Factor(n, k) for n, k in zip(letters, value.shape, strict=True)]
+        dims.append(plain(letters))
+    flows = tuple(sums(i, results=(i,)) for i in range(len(reads)))
+    return Rule(tuple(factors), tuple(dims), tuple(dims), flows)
+
+
 RULES: Mapping[str, RuleFn] = {
+    "optimization_barrier": optimization_barrier,
     "transpose": transpose,
     "broadcast_in_dim": broadcast_in_dim,
     "reshape": reshape,

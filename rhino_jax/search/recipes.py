@@ -7,13 +7,14 @@ optimizer state whole, sharded over the data axes (ZeRO), split for tensor paral
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rhino_jax.errors import OptionsError, nearest, problems
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Layout, contiguous, sorted_dim
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.search.complete import Request, complete
 from rhino_jax.search.state import Marks
 from rhino_jax.search.subject import Subject
@@ -44,6 +45,10 @@ RECIPES: Mapping[str, Recipe] = {
     "zero3 x megatron": Recipe(tensor=True, slots=True, parameters=True, least_axes=2),
     "expert": Recipe(expert=True),
 }
+
+
+SMALL_SHARD = 8 * 128
+"""Elements: a TPU compiler scatters no shard as small as one tile, but all-reduces."""
 
 
 @dataclass(frozen=True)
@@ -302,6 +307,9 @@ def _zero(
         return layout
     group = mesh.group_size(axes)
     local = layout.local_shape(shape, mesh)
+    torus = all(axis.link == TORUS for axis in mesh.axes if axis.name in axes)
+    if torus and math.prod(local) // group <= SMALL_SHARD:
+        return layout
     for d in sorted(dims, key=lambda d: (d in avoid, bool(layout.dims[d]), d)):
         if local[d] % group == 0:
             return _with_dim(layout, d, shape, axes, mesh)

@@ -144,7 +144,7 @@ class _Reader:
 
     def _op(self, eqn: Any, kind: str, ins: list[int], stack: str) -> list[int]:
         names = BODIES.get(kind, ())
-        call = Call([], ins, dict(plain_params(eqn.params, names)))
+        call = Call([], ins, _params(eqn, kind, names))
         hoisted: list[list[int]] = []
         for name in names:
             held = eqn.params[name]
@@ -193,6 +193,19 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def _join(outer: str, inner: str) -> str:
     return "/".join(part for part in (outer, inner) if part)
+
+
+_SCAN_TREES = ("ft_in", "ft_out")
+"""How jax 0.11 says what a scan's operands are; we keep the counts instead."""
+
+
+def _params(eqn: Any, kind: str, bodies: Sequence[str]) -> dict[str, Plain]:
+    """The equation's plain parameters, spelt alike under every JAX version."""
+    params = dict(plain_params(eqn.params, (*bodies, *_SCAN_TREES)))
+    if kind == "scan":
+        consts, carry = compat.scan_counts(eqn.params)
+        params |= {"num_consts": consts, "num_carry": carry}
+    return params
 
 
 def plain_params(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import pytest
 from hypothesis import given, settings
 
@@ -15,6 +16,10 @@ from tests.ir.programs import programs
 F = Value((2, 3), "float32")
 
 
+@pytest.mark.skipif(
+    not jax.__version__.startswith("0.10."),
+    reason="kept as jax 0.10 traces them; other versions trace other primitives",
+)
 @pytest.mark.parametrize("name", STEPS)
 def test_programs_print_as_kept(name: str) -> None:
     """After a wanted change: ``python -m tests.ir.golden``, and read the difference."""

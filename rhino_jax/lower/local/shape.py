@@ -24,6 +24,7 @@ def _split(shard: Shard, x: jax.Array) -> list[jax.Array]:
 
 
 LOCALS: Mapping[str, LocalFn] = {
+    "optimization_barrier": as_it_stands,
     "transpose": as_it_stands,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,

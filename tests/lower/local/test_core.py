@@ -43,6 +43,15 @@ CASES = {
         lambda x: lax.reshape(x, (6, 8), dimensions=(1, 0)),
         (rand(8, 6),),
     ),
+    "barrier": (
+        lambda x, y: lax.optimization_barrier((x, y)),
+        (
+            rand(8, 6),
+            rand(
+                4,
+            ),
+        ),
+    ),
     "squeeze": (lambda x: lax.squeeze(x, (1,)), (rand(8, 1, 6),)),
     "split": (lambda x: lax.split(x, (8, 8, 8), 1), (rand(4, 24),)),
 }
