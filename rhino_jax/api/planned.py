@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +19,9 @@ from rhino_jax.lower.program import jit_step, shardings
 from rhino_jax.options import Options
 from rhino_jax.plan import Plan, make_plan
 from rhino_jax.report.text import plan_text
-from rhino_jax.search.choose import best_recipe, plan_recipe
+from rhino_jax.search.choose import best_recipe, default_meshes, plan_recipe
 from rhino_jax.search.pins import Spec
+from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import Traced, trace
 from rhino_jax.verify.audit import Audit, PlannedCollective, audit
@@ -193,15 +195,17 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     jax_mesh, mesh, count = _where(options)
     specs = _specs(options.pins)
     recipe = options.recipe
+    grid = _grid(options, count)
     if recipe and mesh is None:
-        mesh = _default_mesh(recipe, count)
+        recipe_named(recipe)
+        mesh = default_meshes(recipe, grid)[-1]
     link = TORUS if _platform(options) == "tpu" else ""
     mesh = mesh.linked(link) if mesh is not None else None
     if recipe:
         assert mesh is not None
         _, assignment = plan_recipe(subject, mesh, recipe, specs)
     else:
-        recipe, mesh, assignment = best_recipe(subject, mesh, count, specs, link)
+        recipe, mesh, assignment = best_recipe(subject, mesh, grid, specs, link)
     plan = make_plan(
         traced.program,
         assignment,
@@ -275,14 +279,16 @@ def _laid(jax_mesh: Any, mesh: Mesh, options: Options) -> Any:
     return device_mesh(mesh)
 
 
-def _default_mesh(recipe: str, count: int) -> Mesh:
-    """One data axis; for recipes with a tensor axis the squarest of two."""
-    if count == 1:
-        return Mesh(())
-    if "megatron" not in recipe:
-        return Mesh.of(data=count)
-    tensor = max(n for n in (1, 2, 4, 8) if count % n == 0 and n * n <= 2 * count)
-    return Mesh.of(data=count // tensor, tensor=tensor)
+def _grid(options: Options, count: int) -> tuple[int, ...]:
+    """How the devices are linked: a TPU's torus, or all in a row."""
+    if options.cluster:
+        target = parse_target(options.cluster)
+        sides = target.text.partition(":")[2].split("x")
+        if target.platform == "tpu" and all(side.isdigit() for side in sides):
+            found = tuple(int(side) for side in sides if int(side) > 1)
+            if math.prod(found) == count:
+                return found or (1,)
+    return (count,)
 
 
 def _specs(pins: Mapping[str, Any]) -> dict[str, Spec]:

@@ -5,6 +5,7 @@ This stands in for the search: no price but bytes, no memory limit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from rhino_jax.errors import OptionsError
@@ -46,14 +47,17 @@ def plan_recipe(
 def best_recipe(
     subject: Subject,
     mesh: Mesh | None,
-    num_devices: int,
+    grid: tuple[int, ...],
     pins: Mapping[str, Spec],
     link: str = "",
 ) -> tuple[str, Mesh, Assignment]:
-    """Of all recipes (and meshes, where none is given) the plan that sends least."""
+    """Of all recipes (and meshes, where none is given) the plan that sends least.
+
+    ``grid`` is how the devices are linked: ``(8,)``, or a torus's ``(4, 4)``.
+    """
     best: tuple[int, int] | None = None
     answer: tuple[str, Mesh, Assignment] | None = None
-    for rank, (name, shape) in enumerate(_candidates(mesh, num_devices)):
+    for rank, (name, shape) in enumerate(_candidates(mesh, grid)):
         tried = shape.linked(link)
         recipe = RECIPES[name]
         if len([a for a in tried.axes if a.size > 1]) < recipe.least_axes:
@@ -70,16 +74,35 @@ def best_recipe(
     return answer
 
 
-def _candidates(mesh: Mesh | None, num_devices: int) -> Iterator[tuple[str, Mesh]]:
-    for name, recipe in RECIPES.items():
-        if mesh is not None:
-            yield name, mesh
-        elif num_devices == 1:
-            yield name, Mesh(())
-            return
-        elif recipe.tensor:
-            for tensor in (2, 4, 8):
-                if num_devices % tensor == 0 and num_devices > tensor:
-                    yield name, Mesh.of(data=num_devices // tensor, tensor=tensor)
-        else:
-            yield name, Mesh.of(data=num_devices)
+def default_meshes(recipe: str, grid: tuple[int, ...]) -> tuple[Mesh, ...]:
+    """Meshes to try for a recipe where the user names none.
+
+    A torus keeps its own dimensions (a reduce-scatter over all of it in one axis is
+    none on a TPU); a plain row of devices is split in data and tensor where asked.
+
+    >>> [str(mesh) for mesh in default_meshes("megatron", (8,))]
+    ['data=4, tensor=2', 'data=2, tensor=4']
+    >>> str(default_meshes("zero3", (4, 4))[0])
+    'data0=4, data1=4'
+    """
+    if math.prod(grid) == 1:
+        return (Mesh(()),)
+    tensor = RECIPES[recipe].tensor
+    if len(grid) > 1:
+        names = [f"data{i}" for i in range(len(grid))]
+        if tensor:
+            names[-1] = "tensor"
+        return (Mesh.of(**dict(zip(names, grid, strict=True))),)
+    (count,) = grid
+    if not tensor:
+        return (Mesh.of(data=count),)
+    widths = [n for n in (2, 4, 8) if count % n == 0 and count > n]
+    return tuple(Mesh.of(data=count // n, tensor=n) for n in widths) or (
+        Mesh.of(data=1, tensor=count),
+    )
+
+
+def _candidates(mesh: Mesh | None, grid: tuple[int, ...]) -> Iterator[tuple[str, Mesh]]:
+    for name in RECIPES:
+        for tried in (mesh,) if mesh is not None else default_meshes(name, grid):
+            yield name, tried
