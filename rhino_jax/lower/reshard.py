@@ -32,6 +32,9 @@ from rhino_jax.ir.steps import (
     Step,
 )
 
+LANES, TILE = 128, 8 * 128
+"""Elements in a row, and in a tile, of a TPU's vector memory."""
+
 
 def run_move(x: jax.Array, shape: tuple[int, ...], move: Move, mesh: Mesh) -> jax.Array:
     """``x``, the local shard of a value of global ``shape``, after every step."""
@@ -227,8 +230,13 @@ def _reduce_scatter(
     pieces = _pieces(shape, step, mesh)
     x, _ = _expose(_padded(x, shape, step, mesh), pieces, step.axes)
     x = _merge_front(x, len(step.axes))
+    shard = x.shape[1:]
+    if len(shard) > 2 and math.prod(shard) % TILE == 0:
+        # A TPU scatters rows of whole tiles; a kernel's small dimensions it would
+        # all-reduce.
+        x = x.reshape(x.shape[0], -1, LANES)
     x = lax.psum_scatter(x, step.axes, scatter_dimension=0, tiled=False)
-    return _restore(x, pieces, (), shape)
+    return _restore(x.reshape(shard), pieces, (), shape)
 
 
 def _all_gather(

@@ -47,8 +47,8 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-SMALL_SHARD = 8 * 128
-"""Elements: a TPU compiler scatters no shard as small as one tile, but all-reduces."""
+TILE = 8 * 128
+"""Elements: a TPU compiler scatters whole tiles, more than one, or it all-reduces."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,8 @@ def _zero(
     group = mesh.group_size(axes)
     local = layout.local_shape(shape, mesh)
     torus = all(axis.link == TORUS for axis in mesh.axes if axis.name in axes)
-    if torus and math.prod(local) // group <= SMALL_SHARD:
+    shard = math.prod(local) // group
+    if torus and (shard <= TILE or shard % TILE):
         return layout
     for d in sorted(dims, key=lambda d: (d in avoid, bool(layout.dims[d]), d)):
         if local[d] % group == 0:
