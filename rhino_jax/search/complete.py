@@ -363,7 +363,7 @@ def _scan(run: _Run, op: Op) -> OpPlan:
         request,
         outputs=(*forced, *(None,) * (len(program.outputs) - carry)),
         hints=(*forced, *stacked),
-        may_stay_partial=frozenset(),
+        may_stay_partial=frozenset(i for i, x in enumerate(forced) if x.partial),
     )
     done = _body(run, program, request)
     for i, layout in done.wishes.items():
