@@ -22,10 +22,12 @@ DEVICE_COUNT = 8
 
 # With the GPU and TPU plugins installed, JAX would try (and fail) to start them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# A collective that some device never joins ends the process; not after long minutes.
+# Compiling is most of the time of the tests; level 0 leaves LLVM's own optimizations
+# out. A collective that some device never joins ends the process, not after minutes.
 os.environ.setdefault(
     "XLA_FLAGS",
     f"--xla_force_host_platform_device_count={DEVICE_COUNT}"
+    " --xla_backend_optimization_level=0"
     " --xla_cpu_collective_call_warn_stuck_timeout_seconds=30"
     " --xla_cpu_collective_call_terminate_timeout_seconds=90",
 )
