@@ -14,6 +14,7 @@ from rhino_jax.rules import (
     convolution,
     elementwise,
     indexing,
+    linalg,
     random,
     reduction,
     shape,
@@ -31,6 +32,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     sorting,
     random,
     indexing,
+    linalg,
 )
 
 HEAVY = frozenset(

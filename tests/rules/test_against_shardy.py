@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax._src.ad_util import stop_gradient_p
+from jax._src.lax.linalg import cholesky_p
 from jax._src.lax.windowed_reductions import (
     _select_and_gather_add,
     _select_and_scatter,
@@ -95,6 +96,21 @@ def _unary(name: str) -> Callable[..., Any]:
 
 # case -> (function, its arguments, the op that is meant: the last one if none is named)
 CASES: dict[str, tuple[Any, ...]] = {
+    "cholesky": (lambda x: cholesky_p.bind(x), f32(4, 3, 5, 5)),
+    "triangular_solve": (
+        lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True),
+        f32(4, 5, 5),
+        f32(4, 5, 3),
+    ),
+    "fft": (
+        lambda x: lax.fft(x, "FFT", (5,)),
+        jax.ShapeDtypeStruct((4, 3, 5), jnp.complex64),
+    ),
+    "optimization_barrier": (
+        lambda x, y: lax.optimization_barrier((x, y)),
+        f32(4, 3),
+        f32(5),
+    ),
     **{name: (_unary(name), X) for name in UNARY},
     **{name: (getattr(lax, name), X, X) for name in BINARY},
     **{name: (getattr(lax, name), i32(8, 6), i32(8, 6)) for name in ON_INTEGERS},
@@ -337,6 +353,11 @@ HALO = "Shardy's shards need their neighbours' elements: no loop of one shard"
 
 # case -> (ours, Shardy's, why ours is right all the same)
 LISTED: dict[str, tuple[str, str, str]] = {
+    "optimization_barrier": (
+        "ab,c->ab,c",
+        "..,.->..,.",
+        "Shardy knows no rule for a barrier; every operand passes as it is",
+    ),
     "conv 1x1": (
         "abcd,11de->abce {d}",
         "a..b,11bc->a..c {b}",
@@ -468,9 +489,14 @@ def test_shardy_has_no_rule(kind):
     assert any(term.rule is None and term.operands for term in ask(op).terms)
 
 
-# Random keys have no shape in StableHLO; the rest no function of JAX's own makes.
+# Random keys have no shape in StableHLO; matrix factorizations are calls into one
+# backend's library; some are of a JAX newer than 0.10; the rest no function of JAX's
+# own makes.
 UNASKED = set(
     """
+    cholesky_update eig eigh geqrf hessenberg householder_product lu qr schur svd
+    lu_pivots_to_permutation symmetric_product tridiagonal tridiagonal_solve
+    log2 one_minus_square eq_to le_to lt_to
     random_bits random_clone random_fold_in random_seed random_split random_unwrap
     random_wrap copy_p random_gamma_grad
     """.split()

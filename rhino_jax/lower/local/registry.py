@@ -15,6 +15,7 @@ from rhino_jax.lower.local import (
     convolution,
     elementwise,
     indexing,
+    linalg,
     random,
     reduction,
     shape,
@@ -33,6 +34,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     sorting,
     random,
     indexing,
+    linalg,
 )
 
 
