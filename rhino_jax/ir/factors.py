@@ -96,6 +96,9 @@ class Rule:
     _index: Mapping[str, Factor] = field(
         default_factory=dict, compare=False, repr=False, init=False
     )
+    _implied: dict[Choice, Implied] = field(
+        default_factory=dict, compare=False, repr=False, init=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_index", {f.name: f for f in self.factors})
@@ -231,15 +234,25 @@ def parse_choice(text: str) -> Choice:
     return Choice.of(splits, flows)
 
 
-def layouts(
-    rule: Rule, choice: Choice
-) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
+Implied = tuple[tuple[Layout, ...], tuple[Layout, ...]]
+"""The layouts of an op's operands, and of its results."""
+
+
+def layouts(rule: Rule, choice: Choice) -> Implied:
     """The layouts of operands and results that ``choice`` implies.
 
     A dimension is split at ``weight of the factor in it × stride in the factor``.
     A split factor leaves ``operator`` partial in results that lack it, and a flow
-    makes its operands and results partial.
+    makes its operands and results partial. Each answer is kept with the rule: the same
+    few choices are asked for again and again.
     """
+    found = rule._implied.get(choice)
+    if found is None:
+        found = rule._implied[choice] = _layouts(rule, choice)
+    return found
+
+
+def _layouts(rule: Rule, choice: Choice) -> Implied:
     splits = dict(choice.splits)
 
     def place(values: tuple[Dims, ...]) -> list[Layout]:

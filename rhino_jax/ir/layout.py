@@ -22,6 +22,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from rhino_jax.ir.mesh import Mesh
 
@@ -53,6 +54,14 @@ class Layout:
     dims: tuple[Dim, ...]
     partial: tuple[tuple[str, str], ...] = ()
 
+    def __hash__(self) -> int:
+        # Layouts are keys everywhere: the hash is taken once.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dims, self.partial))
+
     @staticmethod
     def replicated(rank: int) -> Layout:
         return Layout(((),) * rank)
@@ -71,15 +80,15 @@ class Layout:
     def rank(self) -> int:
         return len(self.dims)
 
-    @property
+    @cached_property
     def split_axes(self) -> tuple[str, ...]:
         return tuple(split.axis for dim in self.dims for split in dim)
 
-    @property
+    @cached_property
     def partial_axes(self) -> tuple[str, ...]:
         return tuple(axis for axis, _ in self.partial)
 
-    @property
+    @cached_property
     def axes(self) -> tuple[str, ...]:
         return self.split_axes + self.partial_axes
 
@@ -193,7 +202,10 @@ def parse_layout(text: str) -> Layout:
 
 
 def sorted_dim(splits: Iterable[Split]) -> Dim:
-    return tuple(sorted(splits, key=lambda s: (-s.stride, s.axis)))
+    found = tuple(splits)
+    if len(found) < 2:
+        return found
+    return tuple(sorted(found, key=lambda s: (-s.stride, s.axis)))
 
 
 def padded_size(size: int, dim: Dim, mesh: Mesh) -> int:

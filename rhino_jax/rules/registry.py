@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 from rhino_jax.errors import RuleError
 from rhino_jax.ir.factors import Rule
-from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.program import Op, Plain, Program, Value
 from rhino_jax.rules import (
     assembly,
     contraction,
@@ -59,11 +61,40 @@ def rule_of(program: Program, op: Op) -> Rule:
     Raises :class:`RuleError` when a family's rule does not fit the op's shapes, which
     is a fault of the rule.
     """
-    reads, makes = program.operand_values(op), program.result_values(op)
-    if op.kind not in RULES:
+    values = program.values
+    return _rule(
+        op.kind,
+        op.params,
+        tuple(
+            (v.shape, v.dtype, v.literal) for v in map(values.__getitem__, op.operands)
+        ),
+        tuple(
+            (v.shape, v.dtype, v.literal) for v in map(values.__getitem__, op.results)
+        ),
+    )
+
+
+Typed = tuple[tuple[int, ...], str, Any]
+"""What a rule may read of a value: its shape, its dtype, a literal's number."""
+
+
+def _typed(value: Value) -> Typed:
+    return value.shape, value.dtype, value.literal
+
+
+@lru_cache(maxsize=100_000)
+def _rule(
+    kind: str,
+    params: tuple[tuple[str, Plain], ...],
+    operands: tuple[Typed, ...],
+    results: tuple[Typed, ...],
+) -> Rule:
+    reads = tuple(Value(shape, dtype, literal=n) for shape, dtype, n in operands)
+    makes = tuple(Value(shape, dtype, literal=n) for shape, dtype, n in results)
+    if kind not in RULES:
         return whole(reads, makes)
-    rule = RULES[op.kind](op, reads, makes)
+    rule = RULES[kind](Op(kind, (), (), params), reads, makes)
     found = rule.problems([v.shape for v in reads], [v.shape for v in makes])
     if found:
-        raise RuleError(f"rule of {op.kind}: " + "; ".join(found))
+        raise RuleError(f"rule of {kind}: " + "; ".join(found))
     return rule

@@ -8,7 +8,7 @@ weights, and among equals the fewest bytes win; ties prefer the split.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from rhino_jax.ir.factors import Choice, Rule, choice_problems, follow, layouts
@@ -28,7 +28,44 @@ class Candidate:
 
 
 def choose(state: State, op: Op, rule: Rule, data_axes: Sequence[str]) -> Choice:
-    """The choice for ``op``, every axis of the mesh decided in turn."""
+    """The choice for ``op``, every axis of the mesh decided in turn.
+
+    It depends on what is known of the op's own operands and results, so layers alike
+    are decided once; a weight that is still open looks further ahead.
+    """
+    key = _situation(state, op, data_axes)
+    if key is None:
+        return _decide(state, op, rule, data_axes)
+    if key not in state.decided:
+        state.decided[key] = _decide(state, op, rule, data_axes)
+    return state.decided[key]
+
+
+def _situation(state: State, op: Op, data_axes: Sequence[str]) -> Hashable:
+    """All that a decision reads; None where it reads more than can be listed."""
+    known = []
+    for v in op.operands:
+        mark = state.mark(v)
+        if mark.open:
+            return None
+        value = state.program.values[v]
+        known.append(
+            (
+                value.shape,
+                value.dtype,
+                value.literal,
+                state.home(v),
+                state.stored.get(v),
+                mark,
+            )
+        )
+    makes = tuple(
+        (state.program.values[v].shape, state.hints.get(v)) for v in op.results
+    )
+    return op.kind, op.params, tuple(known), makes, tuple(data_axes)
+
+
+def _decide(state: State, op: Op, rule: Rule, data_axes: Sequence[str]) -> Choice:
     choice = Choice()
     for axis in state.mesh.names:
         if state.mesh.size(axis) == 1:

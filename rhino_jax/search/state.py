@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from rhino_jax.cost.reshard import route, wire_bytes
 from rhino_jax.ir.depends import forward
+from rhino_jax.ir.factors import Choice
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
@@ -43,6 +44,7 @@ class State:
     wishes: dict[int, Layout] = field(default_factory=dict)
     expert_axes: frozenset[str] = frozenset()
     stored: dict[int, Layout] = field(default_factory=dict)
+    decided: dict[Hashable, Choice] = field(default_factory=dict)
 
     @cached_property
     def batch_values(self) -> frozenset[int]:
