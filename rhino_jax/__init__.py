@@ -5,8 +5,9 @@
 'auto_parallel'
 """
 
+from typing import TYPE_CHECKING, Any
+
 from rhino_jax.api import ParallelFunction as ParallelFunction
-from rhino_jax.api import Planned as Planned
 from rhino_jax.api import auto_parallel as auto_parallel
 from rhino_jax.api import follow as follow
 from rhino_jax.api import name as name
@@ -15,4 +16,16 @@ from rhino_jax.errors import RhinoError as RhinoError
 from rhino_jax.options import Options as Options
 from rhino_jax.plan import Plan as Plan
 
+# Loaded with all that plans, at first use.
+if TYPE_CHECKING:
+    from rhino_jax.api import Planned as Planned
+
 __version__ = "0.1.0"
+
+
+def __getattr__(attribute: str) -> Any:
+    if attribute == "Planned":
+        from rhino_jax.api import Planned
+
+        return Planned
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")

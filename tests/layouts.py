@@ -85,27 +85,24 @@ def held(
     return found
 
 
-def shards(
-    whole: np.ndarray, layout: Layout, mesh: Mesh, pad: object, terms: np.ndarray
-) -> np.ndarray:
-    """[devices, *local shape]: what each device holds of ``whole``.
+def shards(terms: np.ndarray, layout: Layout, mesh: Mesh, pad: object) -> np.ndarray:
+    """[devices, *local shape]: what each device holds of a value.
 
-    ``terms`` [devices along the partial axes, *shape] are combined to the value; each
-    device takes the one of its coordinates on those axes.
+    ``terms`` [devices along the partial axes (1 for none), *shape] are combined to the
+    value; each device takes the one of its coordinates on those axes.
     """
+    shape = terms.shape[1:]
     found = []
     for at in coordinates(mesh):
         term = 0
         for axis in layout.partial_axes:
             term = term * mesh.size(axis) + at[axis]
-        source = terms[term] if layout.partial else whole
-        indices = held(layout, whole.shape, mesh, at)
+        indices = held(layout, shape, mesh, at)
         top = [
-            max(n, *(i + 1 for i in ii))
-            for n, ii in zip(whole.shape, indices, strict=True)
+            max(n, *(i + 1 for i in ii)) for n, ii in zip(shape, indices, strict=True)
         ]
-        padded = np.full(top, pad, whole.dtype)
-        padded[tuple(slice(n) for n in whole.shape)] = source
+        padded = np.full(top, pad, terms.dtype)
+        padded[tuple(slice(n) for n in shape)] = terms[term]
         found.append(padded[np.ix_(*indices)])
     return np.stack(found)
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from rhino_jax.api.function import ParallelFunction
-from rhino_jax.api.planned import Planned, bind, make_planned, traced_bare
-from rhino_jax.errors import TraceError
+from rhino_jax.errors import OptionsError, TraceError
 from rhino_jax.options import Options, make_options
 from rhino_jax.plan import Plan
 
+# Loaded when the first step is planned: importing rhino_jax must cost little.
+if TYPE_CHECKING:
+    from rhino_jax.api.planned import Planned as Planned
+
 __all__ = ["ParallelFunction", "Planned", "auto_parallel", "follow", "name", "plan"]
+
+
+def __getattr__(attribute: str) -> Any:
+    if attribute == "Planned":
+        from rhino_jax.api.planned import Planned
+
+        return Planned
+    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
 
 
 @overload
@@ -44,12 +56,13 @@ def auto_parallel(fun: Callable[..., Any] | None = None, /, **options: Any) -> A
     >>> float(loss)
     16.0
     """
-    given = options.pop("plan", None)
-    loaded = _loaded(given)
-    chosen = make_options(**options)
+
+    loaded, given = _whole_plan(options)
+    make_options(**given)  # so that what is wrong shows where it is written
 
     def decorate(fun: Callable[..., Any]) -> ParallelFunction:
-        return ParallelFunction(fun, chosen, loaded)
+        inner, chosen = _settled(fun, given)
+        return ParallelFunction(inner, chosen, loaded)
 
     return decorate if fun is None else decorate(fun)
 
@@ -72,15 +85,13 @@ def plan(fun: Callable[..., Any], *args: Any, **options: Any) -> Planned:
     >>> [(c.kind, c.wire_bytes) for c in planned.plan.collectives]
     [('all-reduce', 28672)]
     """
+    from rhino_jax.api.planned import bind, make_planned, traced_bare
+
     kwargs = options.pop("kwargs", {})
-    loaded = _loaded(options.pop("plan", None))
-    base: dict[str, Any] = {}
-    if isinstance(fun, ParallelFunction):
-        base = {k: getattr(fun.options, k) for k in Options.__dataclass_fields__}
-        fun = fun.fun
+    loaded, given = _whole_plan(options)
+    fun, chosen = _settled(fun, given)
     if not callable(fun):
         raise TraceError(f"plan needs a function, got {type(fun).__name__}: {fun!r}")
-    chosen = make_options(**{**base, **options})
     if loaded is None:
         return make_planned(fun, args, kwargs, chosen)
     return bind(loaded, traced_bare(fun, args, kwargs, chosen), chosen)
@@ -94,9 +105,13 @@ def follow(
     Arguments that ``parent`` has too (same path inside the argument, shape and dtype)
     lie as they do there; nothing is donated.
     """
-    return ParallelFunction(
-        fun, make_options(**{"donate": False, **options}), parent=parent
-    )
+    if not isinstance(parent, ParallelFunction):
+        raise TraceError(
+            "follow needs a step decorated with rhino.auto_parallel, then the function "
+            f"that follows it; got {type(parent).__name__}: {parent!r}"
+        )
+    fun, chosen = _settled(fun, {"donate": False, **options})
+    return ParallelFunction(fun, chosen, parent=parent)
 
 
 def name(x: jax.Array, label: str) -> jax.Array:
@@ -104,7 +119,40 @@ def name(x: jax.Array, label: str) -> jax.Array:
     return checkpoint_name(x, label)
 
 
-def _loaded(given: Plan | Planned | str | Path | None) -> Plan | None:
+def _settled(
+    fun: Callable[..., Any], given: dict[str, Any]
+) -> tuple[Callable[..., Any], Options]:
+    """The function and its options.
+
+    Of a decorated function the one inside, with its options where none are given.
+    """
+    base: dict[str, Any] = {}
+    if isinstance(fun, ParallelFunction):
+        base = {k: getattr(fun.options, k) for k in Options.__dataclass_fields__}
+        fun = fun.fun
+    return fun, make_options(**{**base, **given})
+
+
+def _whole_plan(options: dict[str, Any]) -> tuple[Plan | None, dict[str, Any]]:
+    """The plan among the options, and the other options."""
+    given = {**options}
+    loaded = _loaded(given.pop("plan", None))
+    beside = [key for key in ("recipe", "pins") if loaded and given.get(key)]
+    if beside:
+        raise OptionsError(
+            f"plan= is a whole plan, {' and '.join(beside)} would change it; drop one: "
+            "a plan's layouts are kept as pins by pins=plan.pins()"
+        )
+    if loaded and "lowering" in given:
+        loaded = replace(loaded, lowering=given["lowering"])
+    return loaded, given
+
+
+def _loaded(given: Any) -> Plan | None:
+    """A plan from a Plan, a Planned or the path of a saved one."""
     if isinstance(given, str | Path):
         return Plan.load(given)
-    return given.plan if isinstance(given, Planned) else given
+    found = getattr(given, "plan", given)
+    if found is None or isinstance(found, Plan):
+        return found
+    raise OptionsError(f"plan= takes a plan or the path of a saved one, not {given!r}")

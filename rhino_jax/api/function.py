@@ -3,61 +3,27 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
+import types
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
-from rhino_jax.api.planned import (
-    Planned,
-    bind,
-    make_planned,
-    plan_traced,
-    traced_bare,
-)
-from rhino_jax.errors import (
-    DonationError,
-    SignatureError,
-    TraceError,
-    problems,
-)
-from rhino_jax.lower.program import SignatureChanged
+from rhino_jax.api.entry import Entry, Key, aval_of, split
+from rhino_jax.errors import SignatureError, TraceError
 from rhino_jax.options import Options
-from rhino_jax.plan import Plan
 
+# What plans is imported where it is used: importing rhino_jax must cost little.
+if TYPE_CHECKING:
+    from rhino_jax.api.planned import Planned
+    from rhino_jax.plan import Plan
 
-@dataclass(frozen=True)
-class Entry:
-    """What a call needs, for one signature of the step.
-
-    ``brought`` are (leaf, shape, dtype) of the arguments that are no state: they tell
-    signatures apart, since a state rarely changes shape. ``probes`` are a few donated
-    leaves, looked at before every call.
-    """
-
-    planned: Planned
-    tree: Any
-    static: tuple[Any, ...]
-    jitted: Callable[..., tuple[jax.Array, ...]]
-    constants: tuple[Any, ...]
-    brought: tuple[tuple[int, tuple[int, ...], Any], ...]
-    probes: tuple[int, ...]
-
-    def takes(self, tree: Any, leaves: Sequence[Any], static: tuple[Any, ...]) -> bool:
-        if tree != self.tree or static != self.static:
-            return False
-        for i, shape, dtype in self.brought:
-            leaf = leaves[i]
-            if getattr(leaf, "shape", ()) != shape:
-                return False
-            if getattr(leaf, "dtype", dtype) != dtype:
-                return False
-        return True
+REMEMBERED_CALLS = 256
 
 
 class ParallelFunction:
@@ -87,224 +53,196 @@ class ParallelFunction:
         self._given_plan = plan
         self._parent = parent
         self._entries: list[Entry] = []
-        self._latest: Entry | None = None
-        self._donated_at = ""
+        self._hot: Entry | None = None
+        self._gifts: deque[tuple[tuple[Any, ...], types.CodeType, int]] = deque(
+            maxlen=REMEMBERED_CALLS
+        )
         self._noticed = False
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
 
     # ---- calling ------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        static: tuple[Any, ...] = ()
-        if self.options.static_argnums:
-            args, static = self._split_static(args)
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        entry = self._latest
-        if entry is None or not entry.takes(tree, leaves, static):
-            entry = self._entry(args, kwargs, tree, leaves, static)
-            leaves = self._moved(entry, leaves)
-        for i in entry.probes:
-            # JAX itself would notice too late: some devices would already wait.
-            if isinstance(leaves[i], jax.Array) and leaves[i].is_deleted():
-                self._check_alive(leaves, entry)
+        entry = self._hot
+        leaves = None if entry is None else entry.read(args, kwargs)
+        if entry is None or leaves is None:
+            entry, leaves = self._prepared(args, kwargs)
+        failed = None
         try:
-            out = entry.jitted(*leaves, *entry.constants)
-        except (SignatureChanged, ValueError, RuntimeError, TypeError) as error:
-            entry, out = self._again(entry, args, kwargs, tree, leaves, static, error)
-        if entry.planned.traced.donated:
+            out = entry.call(leaves)
+        except Exception as error:
+            failed = error
+        if failed is not None:
+            entry, out = self._again(entry, args, kwargs, leaves, failed)
+        if entry.donates:
             frame = sys._getframe(1)
-            self._donated_at = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        return jax.tree.unflatten(entry.planned.traced.out_tree, out)
+            refs = tuple([_reference(leaves[i]) for i in entry.given])
+            self._gifts.append((refs, frame.f_code, frame.f_lineno))
+        return out
 
-    def _entry(
-        self,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        tree: Any,
-        leaves: Sequence[Any],
-        static: tuple[Any, ...],
-        all_leaves: bool = False,
-    ) -> Entry:
-        """The entry of this signature, planned if it is new."""
-        for entry in self._entries:
-            if entry.takes(tree, leaves, static) and not all_leaves:
-                self._latest = entry
-                return entry
-        self._check_alive(leaves, None)
-        planned = self._planned(self._joined(args, static), kwargs)
-        traced = planned.traced
-        state = traced.state_inputs
-        brought = tuple(
-            (i, tuple(np.shape(leaf)), getattr(leaf, "dtype", None))
-            for i, leaf in enumerate(leaves)
-            if all_leaves or i not in state
-        )
-        constants = traced.constants
-        if constants and planned.plan.mesh.axes:
-            where = planned._shardings(planned.plan.assignment.inputs)
-            constants = tuple(
-                jax.device_put(c, s)
-                for c, s in zip(constants, where[traced.num_inputs :], strict=True)
-            )
-        entry = Entry(
-            planned,
-            tree,
-            static,
-            planned.jitted,
-            constants,
-            brought,
-            _spread(traced.donated),
-        )
-        self._entries.insert(0, entry)
-        self._latest = entry
-        return entry
+    def _prepared(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Entry, list[Any]]:
+        """A call that is not as the last one: its entry, and its leaves in place."""
+        from rhino_jax.api import placing
+
+        placing.check_alive(self.fun, args, kwargs, self._given_away)
+        entry, leaves = self._find(args, kwargs) or self._add(args, kwargs)
+        if entry.run is None:
+            _make_ready(entry)
+        leaves = self._moved(entry, leaves)
+        entry.learn(leaves)
+        self._hot = entry
+        return entry, placing.given_once(entry, leaves)
 
     def _again(
         self,
         entry: Entry,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        tree: Any,
         leaves: list[Any],
-        static: tuple[Any, ...],
         error: Exception,
     ) -> tuple[Entry, Any]:
-        """A call that failed: say why, or mend the arguments and call once more."""
-        self._check_alive(leaves, entry)
-        if isinstance(error, SignatureChanged):
-            # Shapes of the state changed: tell signatures apart by every leaf.
-            entry = self._entry(args, kwargs, tree, leaves, static, all_leaves=True)
-        moved = self._moved(entry, leaves)
-        changed = any(a is not b for a, b in zip(moved, leaves, strict=True))
-        if not changed and not isinstance(error, SignatureChanged):
-            raise error
-        return entry, entry.jitted(*moved, *entry.constants)
+        """A call that failed: once more for its own signature, or the error itself."""
+        from rhino_jax.lower.program import SignatureChanged
 
-    def _check_alive(self, leaves: Sequence[Any], entry: Entry | None) -> None:
-        dead = [
-            i
-            for i, x in enumerate(leaves)
-            if isinstance(x, jax.Array)
-            and not isinstance(x, jax.core.Tracer)
-            and x.is_deleted()
-        ]
-        if not dead:
-            return
-        paths: Sequence[str] = [f"argument leaf {i}" for i in dead]
-        if entry is not None:
-            paths = [entry.planned.traced.input_paths[i] for i in dead]
-        more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
-        raise DonationError(
-            f"{', '.join(paths[:3])}{more}: this array was given away. Its buffer went "
-            f"to the new state in the call at {self._donated_at or 'an earlier line'}. "
-            "Use the state which that call returned, or decorate with donate=False."
-        )
+        if isinstance(error, SignatureChanged):
+            entry, leaves = self._prepared(args, kwargs)
+        else:
+            moved = self._moved(entry, leaves)
+            if all(a is b for a, b in zip(leaves, moved, strict=True)):
+                raise error
+            leaves = moved
+        return entry, entry.call(leaves)
 
     def _moved(self, entry: Entry, leaves: list[Any]) -> list[Any]:
-        """Committed arrays that lie elsewhere, moved to the plan's layout."""
-        planned = entry.planned
-        if not planned.plan.mesh.axes:
-            return leaves
-        wanted = planned._shardings(planned.plan.assignment.inputs)
-        found = list(leaves)
-        elsewhere = []
-        for i, (x, where) in enumerate(zip(leaves, wanted, strict=False)):
-            if not isinstance(x, jax.Array) or not getattr(x, "committed", False):
-                continue
-            if not x.sharding.is_equivalent_to(where, x.ndim):
-                found[i] = jax.device_put(x, where)
-                elsewhere.append(planned.traced.input_paths[i])
-        if elsewhere and not self._noticed:
+        """Committed arrays that lie elsewhere, moved; the first time with a notice."""
+        from rhino_jax.api import placing
+
+        found, moved = placing.placed(entry, leaves)
+        if moved and not self._noticed:
             self._noticed = True
-            more = f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else ""
             warnings.warn(
-                f"{', '.join(elsewhere[:3])}{more} lay elsewhere and was moved to the "
-                f"plan's layout; {self.__name__}.place(...) does so once.",
-                stacklevel=4,
+                placing.notice(self.__name__, moved), stacklevel=_users_level()
             )
         return found
 
-    # ---- static arguments ---------------------------------------------------------
+    def _given_away(self, x: Any) -> str:
+        """Where the buffer of ``x`` was given to a new state, in words."""
+        for refs, code, line in reversed(self._gifts):
+            if any(ref is not None and ref() is x for ref in refs):
+                return f"given away in the call at {code.co_filename}:{line}"
+        if self._gifts:
+            _, code, line = self._gifts[-1]
+            return (
+                f"given away in the call at {code.co_filename}:{line}, or an earlier "
+                "one"
+            )
+        return ""
 
-    def _split_static(
-        self, args: Sequence[Any]
-    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        numbers = {n % len(args) for n in self.options.static_argnums} if args else ()
-        return (
-            tuple(a for i, a in enumerate(args) if i not in numbers),
-            tuple(a for i, a in enumerate(args) if i in numbers),
-        )
+    # ---- signatures ---------------------------------------------------------------
 
-    def _joined(self, args: Sequence[Any], static: Sequence[Any]) -> tuple[Any, ...]:
-        """The inverse of splitting: the arguments as the user gave them."""
-        if not static:
-            return tuple(args)
-        count = len(args) + len(static)
-        numbers = {n % count for n in self.options.static_argnums}
-        rest, fixed = iter(args), iter(static)
-        return tuple(next(fixed) if i in numbers else next(rest) for i in range(count))
+    def _find(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Entry, list[Any]] | None:
+        """The entry of this signature, and the leaves of the call."""
+        for keys in dict.fromkeys(entry.keys for entry in self._entries):
+            try:
+                leaves, tree, static, avals = _signature(args, kwargs, keys)
+                for entry in self._entries:
+                    if entry.keys == keys and entry.matches(tree, static, avals):
+                        return entry, leaves
+            except (TypeError, ValueError):
+                # No arrays: static under other keys, or an error for trace/ to tell.
+                continue
+        return None
 
-    # ---- planning -----------------------------------------------------------------
+    def _add(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Entry, list[Any]]:
+        """A new entry: the step planned for these arguments (arrays or shapes)."""
+        planned = self._plan_for(args, kwargs)
+        keys = planned.traced.static
+        leaves, tree, static, avals = _signature(args, kwargs, keys)
+        entry = Entry(planned, tree, static, keys, avals)
+        self._entries.insert(0, entry)
+        return entry, leaves
 
-    def _planned(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
-        options = self.options
-        if self._parent is not None:
-            traced = traced_bare(self.fun, args, kwargs, options)
-            return _followed(traced, self._parent, options)
+    def _plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
+        from rhino_jax.api.following import followed
+        from rhino_jax.api.planned import bind, plan_traced, traced_bare
+
+        parent = self._parent
+        if parent is not None and parent.plan is None:
+            raise SignatureError(
+                f"follow: {parent.__name__} is not planned yet; call it (or its init) "
+                "first"
+            )
+        traced = traced_bare(self.fun, args, kwargs, self.options)
+        if parent is not None and parent.plan is not None:
+            return followed(traced, parent.plan, parent.options, self.options)
         if self._given_plan is not None:
-            traced = traced_bare(self.fun, args, kwargs, options)
-            return bind(self._given_plan, traced, options)
-        return make_planned(self.fun, args, kwargs, options)
+            return bind(self._given_plan, traced, self.options)
+        return plan_traced(traced, self.options)
 
     def planned(self, *args: Any, **kwargs: Any) -> Planned:
         """The plan for these arguments (arrays or shapes); made if it is new."""
-        dynamic, static = args, ()
-        if self.options.static_argnums:
-            dynamic, static = self._split_static(args)
-        leaves, tree = jax.tree.flatten((dynamic, kwargs))
-        return self._entry(dynamic, kwargs, tree, leaves, static).planned
+        entry, _ = self._find(args, kwargs) or self._add(args, kwargs)
+        self._entries.remove(entry)
+        self._entries.insert(0, entry)
+        return entry.planned
 
     @property
     def plan(self) -> Plan | None:
         """The plan of the latest signature; None before the first."""
-        return self._latest.planned.plan if self._latest else None
+        return self._entries[0].planned.plan if self._entries else None
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """The lowered step for these arguments, on flat leaves."""
         return self.planned(*args, **kwargs).lower()
 
     def compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
-        """The compiled step for these arguments, on flat leaves."""
-        return self.lower(*args, **kwargs).compile()
+        """The compiled step for these arguments, on flat leaves.
+
+        Raises:
+            MeshError: it is planned for other devices than there are.
+        """
+        return self.planned(*args, **kwargs).attached().lower().compile()
 
     # ---- placing ------------------------------------------------------------------
 
-    def init(self, init_fn: Callable[..., Any], *args: Any) -> Any:
+    def init(self, init_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The state, created already sharded: never whole on one device.
 
         ``train_step.init(init_fn, rng, batch)``: ``init_fn`` takes as many of ``args``
         as its signature does; what follows the first is the rest of the step's
-        arguments, needed to plan.
+        arguments, needed to plan, as are keyword arguments.
         """
-        taken = _taken(init_fn, args)
-        rest = args[1:]
-        shapes = jax.eval_shape(init_fn, *taken)
-        planned = self.planned(shapes, *rest)
-        if not planned.plan.mesh.axes:
-            return jax.jit(init_fn)(*taken)
-        where = planned.in_shardings[0][0]
-        return jax.jit(init_fn, out_shardings=where)(*taken)
+        from rhino_jax.api.placing import taken
 
-    def place(self, state: Any, *rest: Any) -> Any:
+        given = taken(init_fn, args)
+        shapes = jax.eval_shape(init_fn, *given)
+        planned = self.planned(shapes, *args[1:], **kwargs).attached()
+        where = planned.in_shardings[0][0]
+        if not planned.plan.mesh.axes:
+            return jax.jit(init_fn)(*given)
+        return jax.jit(init_fn, out_shardings=where)(*given)
+
+    def place(self, state: Any, *rest: Any, **kwargs: Any) -> Any:
         """``state`` (host arrays, a checkpoint) moved to the plan's layout.
 
-        ``rest`` are the step's other arguments, needed only before the first plan.
+        ``rest`` and ``kwargs`` are the step's other arguments, needed only before the
+        first plan. What is given stays alive when the state is donated, unless it lies
+        there already.
 
         Raises:
             SignatureError: there is no plan yet, or the state is not what was planned.
         """
-        if rest:
-            self.planned(state, *rest)
-        return self._put(state, "place", "train_step.place(state, batch)")
+        if rest or kwargs:
+            self.planned(state, *rest, **kwargs)
+        return self._put("place", state, "place(state, batch)", False)
 
     def shard_batch(self, batch: Any) -> Any:
         """This process's part of the global batch as global arrays.
@@ -314,86 +252,47 @@ class ParallelFunction:
         Raises:
             SignatureError: there is no plan yet, or the batch is not what was planned.
         """
-        return self._put(batch, "shard_batch", "train_step.init(init_fn, rng, batch)")
+        return self._put("shard_batch", batch, "init(init_fn, rng, batch)", True)
 
-    def _put(self, tree: Any, method: str, hint: str) -> Any:
-        if self._latest is None:
-            raise SignatureError(f"{method}: nothing is planned yet; call {hint} first")
-        planned = self._latest.planned
-        if not planned.plan.mesh.axes:
-            return jax.tree.map(jax.numpy.asarray, tree)
-        args, kwargs = planned.in_shardings
-        structure: Any = jax.tree.structure(tree)
-        for given in (*args, *kwargs.values()):
-            if jax.tree.structure(given) == structure:
-                return jax.tree.map(_put_leaf, tree, given)
-        raise SignatureError(
-            problems(
-                f"{method}: no argument of {self.__name__} has this tree; it takes:",
-                [str(jax.tree.structure(given)) for given in args],
-                f"given: {structure}",
-            )
+    def _put(self, method: str, tree: Any, hint: str, last: bool) -> Any:
+        from rhino_jax.api import placing
+
+        hint = f"{self.__name__}.{hint}"
+        return placing.put(method, self._entries, tree, hint, self.__name__, last)
+
+
+def _signature(
+    args: Sequence[Any], kwargs: Mapping[str, Any], keys: Sequence[Key]
+) -> tuple[list[Any], Any, Any, tuple[Any, ...]]:
+    rest, keywords, static = split(args, kwargs, keys)
+    leaves, tree = jax.tree.flatten((rest, keywords))
+    return leaves, tree, static, tuple(map(aval_of, leaves))
+
+
+def _make_ready(entry: Entry) -> None:
+    """Bind an entry to the devices that are here: from now on it can be called."""
+    planned = entry.planned = entry.planned.attached()
+    layouts = planned.plan.assignment.inputs
+    entry.aim(planned.shardings(layouts))
+    constants = planned.traced.constants
+    if constants and planned.plan.mesh.axes:
+        count = planned.traced.num_inputs
+        wanted = planned.shardings(layouts[count:])
+        constants = tuple(
+            jax.device_put(c, where) for c, where in zip(constants, wanted, strict=True)
         )
+    entry.constants = constants
+    entry.run = planned.jit_call()
 
 
-def _put_leaf(x: Any, where: Any) -> jax.Array:
-    if jax.process_count() == 1 or isinstance(x, jax.Array):
-        return jax.device_put(x, where)
-    return jax.make_array_from_process_local_data(where, np.asarray(x))
+def _reference(x: Any) -> Any:
+    return weakref.ref(x) if isinstance(x, jax.Array) else None
 
 
-def _taken(init_fn: Callable[..., Any], args: Sequence[Any]) -> Sequence[Any]:
-    """As many of ``args`` as the signature of ``init_fn`` takes."""
-    try:
-        signature = inspect.signature(init_fn)
-    except (TypeError, ValueError):
-        return args[:1]
-    for count in range(len(args), -1, -1):
-        try:
-            signature.bind(*args[:count])
-        except TypeError:
-            continue
-        return args[:count]
-    raise SignatureError(
-        f"init_fn takes {signature}; it was given up to {len(args)} arguments"
-    )
-
-
-def _followed(traced: Any, parent: ParallelFunction, options: Options) -> Planned:
-    """A step planned so that what it shares with ``parent`` lies as it does there."""
-    if parent.plan is None:
-        raise SignatureError(
-            f"follow: {parent.__name__} is not planned yet; call it (or its init) first"
-        )
-    known = {
-        (_tail(leaf.path), leaf.shape, leaf.dtype): leaf.layout
-        for leaf in parent.plan.inputs
-    }
-    pins = {}
-    program = traced.program
-    for path, v in zip(traced.input_paths, program.inputs, strict=False):
-        value = program.values[v]
-        layout = known.get((_tail(path), value.shape, value.dtype))
-        if layout is not None:
-            pins[path] = tuple(
-                tuple(s.axis for s in dim) or None for dim in layout.dims
-            )
-    options = replace(
-        options,
-        pins={**pins, **options.pins},
-        mesh=parent.options.mesh or parent.plan.mesh,
-        recipe=options.recipe or "data_parallel",
-    )
-    return plan_traced(traced, options)
-
-
-def _tail(path: str) -> str:
-    return path.partition("/")[2] or path
-
-
-def _spread(items: Sequence[int], count: int = 8) -> tuple[int, ...]:
-    """At most ``count`` of ``items``, evenly spread, first and last among them."""
-    if len(items) <= count:
-        return tuple(items)
-    step = (len(items) - 1) / (count - 1)
-    return tuple(items[round(k * step)] for k in range(count))
+def _users_level() -> int:
+    """The ``stacklevel`` of the innermost frame that is not Rhino's own."""
+    home = f"{Path(__file__).parent}/"
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(home):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 import jax
 
 from rhino_jax import compat
-from rhino_jax.errors import PinError
+from rhino_jax.api.entry import parted
+from rhino_jax.errors import MeshError, OptionsError, PinError
+from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.lower.devices import abstract_mesh, as_mesh, check_count, device_mesh
-from rhino_jax.lower.program import jit_step, shardings
+from rhino_jax.lower.program import as_function, jit_step
+from rhino_jax.lower.program import shardings as named_shardings
 from rhino_jax.options import Options
 from rhino_jax.plan import Plan, make_plan
 from rhino_jax.report.text import plan_text
@@ -24,6 +27,7 @@ from rhino_jax.search.pins import Spec
 from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import Traced, trace
+from rhino_jax.trace.arguments import leaves_of
 from rhino_jax.verify.audit import Audit, PlannedCollective, audit
 from rhino_jax.verify.compile_only import compile_lowered
 from rhino_jax.verify.facts import CompiledFacts
@@ -52,24 +56,43 @@ class Planned:
         """What ``other`` does otherwise, one line each."""
         return self.plan.diff(other.plan if isinstance(other, Planned) else other)
 
+    def attached(self) -> Planned:
+        """This plan on the devices that are here, if it is for described ones.
+
+        Raises:
+            MeshError: there are not as many devices here as the plan is for.
+        """
+        if not isinstance(self.jax_mesh, jax.sharding.AbstractMesh):
+            return self
+        mesh, found = self.plan.mesh, jax.devices()
+        if mesh.num_devices != len(found):
+            raise MeshError(
+                f"the plan is for {mesh.num_devices} devices of "
+                f"{self.plan.cluster or 'a cluster'}, mesh ({mesh}); this machine has "
+                f"{len(found)} ({found[0].device_kind}). Drop cluster= (or the saved "
+                "plan) to run here; rhino.plan(...) plans without devices"
+            )
+        return replace(self, jax_mesh=device_mesh(mesh))
+
     @cached_property
     def in_shardings(self) -> Any:
         """``(args, kwargs)`` with a sharding for every array."""
         count = self.traced.num_inputs
-        flat = self._shardings(self.plan.assignment.inputs[:count])
+        flat = self.shardings(self.plan.assignment.inputs[:count])
         return jax.tree.unflatten(self.traced.in_tree, flat)
 
     @cached_property
     def out_shardings(self) -> Any:
         """The step's result with a sharding for every array."""
-        flat = self._shardings(self.plan.assignment.outputs)
+        flat = self.shardings(self.plan.assignment.outputs)
         return jax.tree.unflatten(self.traced.out_tree, flat)
 
-    def _shardings(self, layouts: Sequence[Any]) -> Sequence[Any]:
+    def shardings(self, layouts: Sequence[Layout]) -> Sequence[Any]:
+        """Layouts as JAX's shardings on this plan's devices."""
         if not self.plan.mesh.axes:
             one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             return [one] * len(layouts)
-        return shardings(layouts, self.jax_mesh)
+        return named_shardings(layouts, self.jax_mesh)
 
     @cached_property
     def jitted(self) -> Any:
@@ -83,6 +106,36 @@ class Planned:
             self.plan.lowering,
         )
 
+    def jit_call(self) -> Any:
+        """The parallel step as it is called: (donated leaves, other leaves) -> result.
+
+        Two lists in place of many arguments: what ``jax.jit`` spends on each argument
+        is saved. The order is that of the leaves, constants last.
+        """
+        traced, plan = self.traced, self.plan
+        flat = as_function(
+            traced.program, plan.assignment, plan.mesh, self.jax_mesh, plan.lowering
+        )
+        count = len(traced.program.inputs)
+        given, kept = parted(range(count), traced.donated)
+        place = {i: k for k, i in enumerate((*given, *kept))}
+
+        def step(donated: list[Any], others: list[Any]) -> Any:
+            leaves = (*donated, *others)
+            outs = flat(*(leaves[place[i]] for i in range(count)))
+            return jax.tree.unflatten(traced.out_tree, outs)
+
+        step.__name__ = traced.program.name
+        if not plan.mesh.axes:
+            return jax.jit(step, donate_argnums=0)
+        where = self.shardings(plan.assignment.inputs)
+        return jax.jit(
+            step,
+            in_shardings=parted(where, traced.donated),
+            out_shardings=self.out_shardings,
+            donate_argnums=0,
+        )
+
     def lower(self, platform: str = "") -> jax.stages.Lowered:
         """The lowered step.
 
@@ -93,7 +146,7 @@ class Planned:
         program = self.traced.program
         values = [program.values[v] for v in program.inputs]
         real = [*self.traced.avals, *(jax.typeof(c) for c in self.traced.constants)]
-        given = self._shardings(self.plan.assignment.inputs)
+        given = self.shardings(self.plan.assignment.inputs)
         with_shardings = bool(self.plan.mesh.axes)
         avals = [
             jax.ShapeDtypeStruct(
@@ -167,22 +220,24 @@ def traced_bare(
     options: Options,
 ) -> Traced:
     """``fun`` traced on shapes: where the arguments lie now must not matter."""
-    static = {n % len(args) for n in options.static_argnums} if args else ()
-    bare = [a if i in static else jax.tree.map(_bare, a) for i, a in enumerate(args)]
+    bare = {name: _bare(tree) for name, tree in kwargs.items()}
     return trace(
-        fun,
-        bare,
-        jax.tree.map(_bare, dict(kwargs)),
-        options.static_argnums,
-        options.donate,
+        fun, [_bare(a) for a in args], bare, options.static_argnums, options.donate
     )
 
 
-def _bare(x: Any) -> Any:
-    if isinstance(x, jax.Array | jax.ShapeDtypeStruct):
-        weak = bool(getattr(x, "weak_type", False))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak)
-    return x
+def _bare(tree: Any) -> Any:
+    """Arrays as shapes. An argument without any, maybe static, stays what it is."""
+    if not any(isinstance(leaf, jax.Array) for _, leaf in leaves_of(tree)):
+        return tree
+    return jax.tree.map(_shape, tree)
+
+
+def _shape(x: Any) -> Any:
+    if not isinstance(x, jax.Array):
+        return x
+    weak = bool(getattr(x, "weak_type", False))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak)
 
 
 def plan_traced(traced: Traced, options: Options) -> Planned:
@@ -203,7 +258,13 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     mesh = mesh.linked(link) if mesh is not None else None
     if recipe:
         assert mesh is not None
-        _, assignment = plan_recipe(subject, mesh, recipe, specs)
+        placement, assignment = plan_recipe(subject, mesh, recipe, specs)
+        if mesh.num_devices > 1 and not placement.found:
+            raise OptionsError(
+                f"recipe {recipe!r} needs weights that it could split on mesh ({mesh})"
+                f", and {traced.program.name} has none; use another recipe, such as "
+                "'zero3', or leave it out to get the best that applies"
+            )
     else:
         recipe, mesh, assignment = best_recipe(subject, mesh, grid, specs, link)
     plan = make_plan(
@@ -225,15 +286,23 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
 
     Raises:
         PlanFileError: it is another program's plan.
-        MeshError: its mesh does not match the devices.
+        MeshError: its mesh is not that of the options, the devices or the cluster.
     """
     plan.fits(traced.program)
-    jax_mesh, _, count = _where(options)
+    jax_mesh, mesh, count = _where(options)
+    if mesh is not None and mesh.shape != plan.mesh.shape:
+        raise MeshError(
+            f"the plan is for mesh ({plan.mesh}), mesh=({mesh}) is asked for; drop "
+            "mesh=, or plan again without the saved plan"
+        )
     cluster = options.cluster or plan.cluster
-    if not cluster and plan.mesh.axes:
-        check_count(plan.mesh, count, "this machine")
-    if cluster != options.cluster:
-        options = Options(cluster=cluster)
+    what = options.cluster or f"this machine ({jax.default_backend()})"
+    if plan.mesh.num_devices != count and (options.cluster or not cluster):
+        raise MeshError(
+            f"the plan is for {plan.mesh.num_devices} devices, mesh ({plan.mesh}), "
+            f"{what} has {count}; plan again for {count}"
+        )
+    options = replace(options, cluster="" if jax_mesh is not None else cluster)
     return Planned(plan, traced, _laid(jax_mesh, plan.mesh, options))
 
 

@@ -2,31 +2,34 @@
 
 Every axis of the mesh is, for one value, in one of three states: *whole* (replicated),
 *split* at a digit of a dimension, or *partial*. A reshard is a change of state per
-axis, and digits of different axes never depend on one another, so the sequence is
-found by taking, again and again, every change that is possible now, the ones that
-make the value smaller first::
+axis. One step changes axes of one kind together::
 
     whole -> split         slice, free
     whole -> partial       mask, free
-    partial -> split       reduce-scatter
+    partial -> split       reduce-scatter (of sums)
     partial -> whole       all-reduce
     axes change places     permute
     split -> other digit   all-to-all
     split -> whole         all-gather
     split -> partial       embed, free, but the value grows
 
-Changes of one kind over several axes become one collective over their product, which
-moves fewer bytes than one after another.
+On the way an axis is as it was, whole, or as it will be: at most 27 layouts on a mesh
+of three axes, and the sequence is a shortest path among them. In bytes; among equals
+the fewest steps, then the order above (what makes the value smaller comes first).
+Digits of different axes may stand in one another's way: what lies between two steps
+must be a lawful layout.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Iterator
 from functools import lru_cache
 
 from rhino_jax.ir.layout import Layout, Split
-from rhino_jax.ir.mesh import TORUS, Mesh
+from rhino_jax.ir.mesh import TORUS, Axis, Mesh
 from rhino_jax.ir.program import itemsize
 from rhino_jax.ir.steps import (
     ALL_GATHER,
@@ -48,12 +51,15 @@ _ORDER = (
     SLICE,
     MASK,
     REDUCE_SCATTER,
-    ALL_REDUCE,
     PERMUTE,
     ALL_TO_ALL,
+    ALL_REDUCE,
     ALL_GATHER,
     EMBED,
 )
+
+Change = tuple[str, tuple[str, ...], Layout]
+"""One step to take: its kind, its axes, the layout after it."""
 
 
 @lru_cache(maxsize=200_000)
@@ -68,18 +74,26 @@ def route(
     >>> [(s.kind, s.wire_bytes) for s in route((8,), "float32", term, rows, mesh)]
     [('reduce-scatter', 24)]
     """
-    steps: list[Step] = []
-    now = source
-    while now != target:
-        kind, axes, after = _next(shape, now, target, mesh)
-        size = mesh.group_size(axes)
-        sent = (
-            0 if size == 1 else _wire_bytes(kind, shape, dtype, now, after, mesh, size)
-        )
-        steps.append(Step(kind, axes, now, after, sent))
-        now = after
-        assert len(steps) < 64, f"no way from {source} to {target}"
-    return tuple(steps)
+    number = itertools.count()
+    # (bytes, steps, kinds in order) decide; the number only keeps layouts uncompared.
+    queue: list[tuple[int, int, tuple[int, ...], int, Layout, tuple[Step, ...]]]
+    queue = [(0, 0, (), next(number), source, ())]
+    done: set[Layout] = set()
+    while queue:
+        sent, count, kinds, _, now, steps = heapq.heappop(queue)
+        if now == target:
+            return steps
+        if now in done:
+            continue
+        done.add(now)
+        for kind, axes, after in _changes(shape, now, target, mesh):
+            if after not in done:
+                more = _wire_bytes(kind, shape, dtype, now, after, mesh, axes)
+                step = Step(kind, axes, now, after, more)
+                rank = (*kinds, _ORDER.index(kind))
+                entry = (sent + more, count + 1, rank, next(number), after)
+                heapq.heappush(queue, (*entry, (*steps, step)))
+    raise AssertionError(f"no way from {source} to {target} for {shape} on ({mesh})")
 
 
 def wire_bytes(
@@ -103,8 +117,11 @@ def _wire_bytes(
     before: Layout,
     after: Layout,
     mesh: Mesh,
-    size: int,
+    axes: tuple[str, ...],
 ) -> int:
+    size = mesh.group_size(axes)
+    if size == 1:
+        return 0
     held = local_bytes(shape, dtype, before, mesh)
     share = held * (size - 1) // size
     return {
@@ -129,126 +146,103 @@ def _with(layout: Layout, axis: str, state: State) -> Layout:
     return base.with_split(*state)
 
 
-def _kind(now: State, target: State) -> str:
-    """The collective that changes one axis from ``now`` to ``target``."""
+def _kind(now: State, goal: State) -> str:
+    """The step that changes one axis from ``now`` to ``goal``; "" where none does.
+
+    A maximum has no reduce-scatter: it is reduced, and sliced in a later step.
+    """
     if isinstance(now, tuple):
-        if target == WHOLE:
+        if goal == WHOLE:
             return ALL_GATHER
-        return ALL_TO_ALL if isinstance(target, tuple) else EMBED
+        return ALL_TO_ALL if isinstance(goal, tuple) else EMBED
     if now == WHOLE:
-        return SLICE if isinstance(target, tuple) else MASK
-    if isinstance(target, tuple) and now == "sum":
-        return REDUCE_SCATTER
-    return ALL_REDUCE
+        return SLICE if isinstance(goal, tuple) else MASK
+    if goal == WHOLE:
+        return ALL_REDUCE
+    return REDUCE_SCATTER if isinstance(goal, tuple) and now == "sum" else ""
 
 
-def _operator(kind: str, now: State, target: State) -> str:
-    """The operator of a change that combines terms or makes some: one to a step."""
-    state = now if kind == ALL_REDUCE else target
+def _changes(
+    shape: tuple[int, ...], now: Layout, target: Layout, mesh: Mesh
+) -> Iterator[Change]:
+    """Every step that may be taken from ``now``."""
+    swap = _swap(now, target, mesh)
+    if swap:
+        yield swap
+    wanted = {axis: _state(target, axis) for axis in mesh.names}
+    alike: dict[tuple[str, str], list[tuple[str, State]]] = {}
+    for axis in mesh.names:
+        state = _state(now, axis)
+        for goal in dict.fromkeys((wanted[axis], WHOLE)):
+            kind = "" if goal == state else _kind(state, goal)
+            if kind:
+                key = kind, _operator(kind, state, goal)
+                alike.setdefault(key, []).append((axis, goal))
+    for (kind, operator), single in alike.items():
+        if kind in (MASK, EMBED) and _waits(now, wanted, operator):
+            continue
+        for group in _groups(kind, single, mesh):
+            axes = tuple(axis for axis, _ in group)
+            after = now.without(axes)
+            for axis, goal in group:
+                after = _with(after, axis, goal)
+            if not after.problems(shape, mesh) and not (
+                kind == ALL_TO_ALL and _overlaps(shape, now, after, axes, mesh)
+            ):
+                yield kind, axes, after
+
+
+def _operator(kind: str, now: State, goal: State) -> str:
+    """The operator of a step that combines terms or makes some: one to a step."""
+    state = now if kind == ALL_REDUCE else goal
     return state if kind in (ALL_REDUCE, MASK, EMBED) and isinstance(state, str) else ""
 
 
-def _next(
-    shape: tuple[int, ...], now: Layout, target: Layout, mesh: Mesh
-) -> tuple[str, tuple[str, ...], Layout]:
-    """The next step: its kind, its axes and the layout after it."""
-    swap = _swap(now, target, mesh)
-    wanted = {a: _state(target, a) for a in mesh.names}
-    changes: dict[tuple[str, str], list[str]] = {}
-    for axis in mesh.names:
-        state = _state(now, axis)
-        if state != wanted[axis] and not (swap and axis in swap[1]):
-            kind = _kind(state, wanted[axis])
-            changes.setdefault((kind, _operator(kind, state, wanted[axis])), []).append(
-                axis
-            )
-    for kind in _ORDER:
-        if kind == PERMUTE and swap:
-            return swap
-        for (other, _), axes in changes.items():
-            if other != kind:
-                continue
-            for group in _groups(kind, axes, mesh):
-                after = _apply(shape, now, wanted, group, kind, mesh)
-                if after is not None:
-                    return kind, tuple(group), after
-    # Digits that stand in one another's way: gather one, slice it again later.
-    for axis in mesh.names:
-        if isinstance(_state(now, axis), tuple) and _state(now, axis) != wanted[axis]:
-            after = now.without((axis,))
-            if not after.problems(shape, mesh):
-                return ALL_GATHER, (axis,), after
-    split = mesh.in_order(iter(now.split_axes))
-    return ALL_GATHER, split, now.without(split)
-
-
-def _groups(kind: str, axes: list[str], mesh: Mesh) -> Iterator[list[str]]:
-    """All axes at once, else one by one.
+def _groups(
+    kind: str, single: list[tuple[str, State]], mesh: Mesh
+) -> Iterator[tuple[tuple[str, State], ...]]:
+    """The sets of axes that one collective of ``kind`` may take together.
 
     A TPU compiler turns a reduce-scatter over its whole torus into an all-reduce and a
     slice, twice the bytes; one axis after the other sends the same and stays real.
     """
-    torus = all(axis.link == TORUS for axis in mesh.axes if axis.name in axes)
-    if not (torus and kind == REDUCE_SCATTER):
-        yield axes
-    for axis in axes:
-        yield [axis]
+    links = {axis.name: axis.link for axis in mesh.axes}
+    for count in range(1, len(single) + 1):
+        for group in itertools.combinations(single, count):
+            torus = all(links[axis] == TORUS for axis, _ in group)
+            if count == 1 or not (torus and kind == REDUCE_SCATTER):
+                yield group
 
 
-def _apply(
-    shape: tuple[int, ...],
-    now: Layout,
-    wanted: dict[str, State],
-    axes: list[str],
-    kind: str,
-    mesh: Mesh,
-) -> Layout | None:
-    after = now.without(axes)
-    if kind in (MASK, EMBED) and _waits(now, wanted, axes):
-        return None
-    for axis in axes:
-        # A maximum has no reduce-scatter: reduce, and slice in the next step.
-        state = WHOLE if kind == ALL_REDUCE else wanted[axis]
-        after = _with(after, axis, state)
-    if after.problems(shape, mesh):
-        return None
-    if kind == ALL_TO_ALL:
-        both = now
-        for axis in axes:
-            where = after.find(axis)
-            assert where is not None
-            if _overlaps(both, where, axis, mesh, shape):
-                return None
-    return after
-
-
-def _waits(now: Layout, wanted: dict[str, State], axes: list[str]) -> bool:
-    """Whether terms of another operator are combined first.
+def _waits(now: Layout, wanted: dict[str, State], operator: str) -> bool:
+    """Whether terms of another operator are combined before new terms are made.
 
     A maximum over one axis and a sum over another have no order, and the neutral
     element of the one spoils the other.
     """
-    goals = {wanted[axis] for axis in axes}
-    return any(op not in goals and wanted[axis] != op for axis, op in now.partial)
+    return any(op not in (operator, wanted[axis]) for axis, op in now.partial)
 
 
 def _overlaps(
-    layout: Layout,
-    where: tuple[int, Split],
-    axis: str,
-    mesh: Mesh,
     shape: tuple[int, ...],
+    now: Layout,
+    after: Layout,
+    axes: tuple[str, ...],
+    mesh: Mesh,
 ) -> bool:
     """Whether a digit can not be exposed while the present ones are still there."""
-    dim, split = where
-    stand_in = Split(axis + "_", split.stride)
-    probe = Mesh((*mesh.axes, type(mesh.axes[0])(axis + "_", mesh.size(axis))))
-    return bool(layout.with_split(dim, stand_in).problems(shape, probe))
+    for axis in axes:
+        where = after.find(axis)
+        assert where is not None
+        stand_in = Axis(axis + "_", mesh.size(axis))
+        probe = Mesh((*mesh.axes, stand_in))
+        both = now.with_split(where[0], Split(stand_in.name, where[1].stride))
+        if both.problems(shape, probe):
+            return True
+    return False
 
 
-def _swap(
-    now: Layout, target: Layout, mesh: Mesh
-) -> tuple[str, tuple[str, ...], Layout] | None:
+def _swap(now: Layout, target: Layout, mesh: Mesh) -> Change | None:
     """Two axes of one size that take each other's places: one permute."""
     for a in mesh.names:
         for b in mesh.names:

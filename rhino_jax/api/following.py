@@ -1,0 +1,68 @@
+"""A step that follows another: what both have lies as the other has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rhino_jax.api.planned import Planned, plan_traced
+from rhino_jax.options import Options
+from rhino_jax.plan import Leaf, Plan
+from rhino_jax.trace import Traced
+
+
+def followed(traced: Traced, plan: Plan, parent: Options, options: Options) -> Planned:
+    """``traced`` planned so that what it shares with ``plan`` lies as it does there.
+
+    Args:
+        plan: what was planned for the step that is followed.
+        parent: that step's options; its mesh and cluster are taken over.
+    """
+    program = traced.program
+    pins: dict[str, Any] = {}
+    for path, v in zip(traced.input_paths, program.inputs, strict=False):
+        value = program.values[v]
+        alike = [
+            leaf
+            for leaf in plan.inputs
+            if (leaf.shape, leaf.dtype) == (value.shape, value.dtype)
+        ]
+        leaf = _counterpart(path, alike)
+        if leaf is not None:
+            pins[path] = spec_of(leaf)
+    return plan_traced(
+        traced,
+        replace(
+            options,
+            pins={**pins, **options.pins},
+            mesh=parent.mesh or plan.mesh,
+            cluster=options.cluster or parent.cluster,
+            recipe=options.recipe or "data_parallel",
+        ),
+    )
+
+
+def spec_of(leaf: Leaf) -> tuple[Any, ...]:
+    """The layout of a leaf as the entries of a PartitionSpec."""
+    return tuple(tuple(s.axis for s in dim) or None for dim in leaf.layout.dims)
+
+
+def _counterpart(path: str, leaves: Sequence[Leaf]) -> Leaf | None:
+    """The leaf whose path ends most like ``path``: the first of the best.
+
+    ``params/w`` is ``state/params/w`` rather than ``state/mu/w``.
+    """
+    shared = [_common_end(path.split("/"), leaf.path.split("/")) for leaf in leaves]
+    if not any(shared):
+        return None
+    return leaves[shared.index(max(shared))]
+
+
+def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    count = 0
+    for a, b in zip(reversed(one), reversed(other), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,211 @@
+"""Arguments made ready for a call: alive, where the plan wants them, given once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rhino_jax.api.entry import Entry
+from rhino_jax.errors import DonationError, SignatureError, problems
+from rhino_jax.trace.arguments import join, keys, leaves_of, positional_names
+
+
+def concrete(x: Any) -> bool:
+    """Whether ``x`` is an array that holds data (no tracer, no shape)."""
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+
+
+def check_alive(
+    fun: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    given_away: Callable[[Any], str],
+) -> None:
+    """Raise :class:`DonationError` for arrays whose buffer was given away.
+
+    ``given_away`` says where ("" where that is not known).
+    """
+    names = positional_names(fun, len(args))
+    dead: list[str] = []
+    for name, tree in [*zip(names, args, strict=True), *kwargs.items()]:
+        for path, x in leaves_of(tree):
+            if concrete(x) and x.is_deleted():
+                where = given_away(x)
+                path_text = join(name, *keys(path))
+                dead.append(f"{path_text}: {where or 'deleted elsewhere'}")
+    if dead:
+        more = [f"and {len(dead) - 3} more"] if len(dead) > 3 else []
+        raise DonationError(
+            problems(
+                "arrays are used again whose buffers are gone:",
+                [*dead[:3], *more],
+                "The buffers of a state go to the next one. Use the state which that "
+                "call returned, or decorate with donate=False.",
+            )
+        )
+
+
+def placed(entry: Entry, leaves: list[Any]) -> tuple[list[Any], list[str]]:
+    """Committed arrays that lie elsewhere moved to the plan's layout; says which.
+
+    What is not committed JAX places itself. The arrays that were given stay alive.
+    """
+    found, moved = list(leaves), []
+    for i, (x, where) in enumerate(zip(leaves, entry.wanted, strict=False)):
+        if not concrete(x) or not x.committed:
+            continue
+        if not x.sharding.is_equivalent_to(where, x.ndim):
+            found[i] = _copied_to(x, where)
+            path = entry.planned.traced.input_paths[i]
+            moved.append(f"{path} on {_lies(x.sharding)}, planned {_lies(where)}")
+    return found, moved
+
+
+def _copied_to(x: Any, where: jax.sharding.Sharding) -> jax.Array:
+    """``x`` laid as ``where`` says; it keeps no buffer of ``x``, which may be donated.
+
+    ``device_put`` does so where a device is in both, whatever ``may_alias`` says.
+    """
+    if concrete(x) and x.sharding.device_set & where.device_set:
+        x = x.copy()
+    return jax.device_put(x, where)
+
+
+def _lies(sharding: jax.sharding.Sharding) -> str:
+    devices = list(sharding.device_set)
+    which = str(devices[0]) if len(devices) == 1 else f"{len(devices)} devices"
+    spec = getattr(sharding, "spec", None)
+    return which if spec is None else f"{which} as {spec}"
+
+
+def notice(name: str, moved: Sequence[str]) -> str:
+    """The words for arguments that were moved."""
+    more = [f"and {len(moved) - 3} more"] if len(moved) > 3 else []
+    return problems(
+        f"{name}: arguments lay elsewhere and were moved (said once):",
+        [*moved[:3], *more],
+        f"Place them once with {name}.place(state) or {name}.shard_batch(batch).",
+    )
+
+
+def given_once(entry: Entry, leaves: list[Any]) -> list[Any]:
+    """``leaves`` with a copy wherever a donated buffer is among them a second time.
+
+    A state may hold one array twice (an average that starts as the parameters).
+    """
+    if not entry.donates:
+        return leaves
+    donated = set(entry.planned.traced.donated)
+    seen: set[Any] = set()
+    # What is not donated comes first: it keeps the buffer.
+    order = sorted(range(len(leaves)), key=lambda i: i in donated)
+    found = list(leaves)
+    for i in order:
+        if not concrete(leaves[i]):
+            continue
+        buffer = _buffer(leaves[i])
+        if i in donated and buffer in seen:
+            found[i] = leaves[i].copy()
+        seen.add(buffer)
+    return found
+
+
+def _buffer(x: jax.Array) -> Any:
+    shards = x.addressable_shards
+    if not shards or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return id(x)
+    return shards[0].device, shards[0].data.unsafe_buffer_pointer()
+
+
+def put(
+    method: str, entries: Sequence[Entry], tree: Any, hint: str, name: str, last: bool
+) -> Any:
+    """``tree`` laid as the argument of the plans that it fits, the newest first.
+
+    Args:
+        last: look at the arguments from the last (the batch) to the first (the state).
+
+    Raises:
+        SignatureError: nothing is planned yet, or no argument has this tree and shapes.
+    """
+    if not entries:
+        raise SignatureError(f"{method}: nothing is planned yet; call {hint} first")
+    leaves = jax.tree.leaves(tree)
+    structure: Any = jax.tree.structure(tree)
+    known: list[str] = []
+    for entry in entries:
+        args, kwargs = entry.planned.in_shardings
+        numbers = jax.tree.unflatten(
+            entry.planned.traced.in_tree, range(entry.planned.traced.num_inputs)
+        )
+        given = list(zip((*args, *kwargs.values()), _arguments(numbers), strict=True))
+        for where, places in reversed(given) if last else given:
+            if jax.tree.structure(where) != structure:
+                known.append(str(jax.tree.structure(where)))
+                continue
+            paths = [entry.planned.traced.input_paths[i] for i in places]
+            wrong = _misfits(entry, places, paths, leaves)
+            if not wrong:
+                homes = jax.tree.leaves(where)
+                laid = [_put(x, h) for x, h in zip(leaves, homes, strict=True)]
+                return jax.tree.unflatten(structure, laid)
+            known += wrong
+    raise SignatureError(
+        problems(
+            f"{method}: no argument of {name} is like this; it takes:",
+            list(dict.fromkeys(known))[:8],
+            f"given: {structure}\nPlan for it first: {name}.planned(state, batch).",
+        )
+    )
+
+
+def _arguments(numbers: Any) -> list[list[int]]:
+    args, kwargs = numbers
+    return [jax.tree.leaves(part) for part in (*args, *kwargs.values())]
+
+
+def _misfits(
+    entry: Entry, places: Sequence[int], paths: Sequence[str], leaves: Sequence[Any]
+) -> list[str]:
+    """Leaves of other shapes than planned; a process may hold a part of a batch."""
+    if jax.process_count() > 1:
+        return []
+    found = []
+    for i, path, leaf in zip(places, paths, leaves, strict=True):
+        planned = entry.planned.traced.avals[i].shape
+        if planned != np.shape(leaf):
+            found.append(f"{path} of shape {planned}, given {np.shape(leaf)}")
+    return found
+
+
+def _put(x: Any, where: Any) -> jax.Array:
+    if concrete(x) and x.committed and x.sharding.is_equivalent_to(where, x.ndim):
+        return x
+    if jax.process_count() == 1 or isinstance(x, jax.Array):
+        return _copied_to(x, where)
+    return jax.make_array_from_process_local_data(where, np.asarray(x))
+
+
+def taken(init_fn: Callable[..., Any], args: Sequence[Any]) -> Sequence[Any]:
+    """As many of ``args`` as the signature of ``init_fn`` takes.
+
+    Raises:
+        SignatureError: it takes more, or other arguments.
+    """
+    try:
+        signature = inspect.signature(init_fn)
+    except (TypeError, ValueError):
+        return args[:1]
+    for count in range(len(args), -1, -1):
+        try:
+            signature.bind(*args[:count])
+        except TypeError:
+            continue
+        return args[:count]
+    raise SignatureError(
+        f"init_fn takes {signature}; it was given up to {len(args)} arguments"
+    )

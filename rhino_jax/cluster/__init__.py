@@ -1,0 +1,1 @@
+"""What a plan runs on: devices, links, clusters. Figures with their sources, no JAX."""

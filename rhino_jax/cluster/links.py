@@ -1,0 +1,177 @@
+"""The catalogue of links, each figure with its source, and clusters built from them.
+
+Bandwidths are per device and one direction. Between hosts a device has its share of
+its host's network adapters, as the system named in the source is built; how many GPUs
+a host was asked to have does not change the share.
+
+Latencies of GPU links are the step latencies of NCCL's own cost model (``hwLat`` in
+src/graph/tuning.cc): ring, protocol LL128 on NVLink and InfiniBand; on PCIe and
+Ethernet, where LL128 is off, protocol Simple.
+"""
+
+from __future__ import annotations
+
+from rhino_jax.cluster.hardware import CATALOGUE, CUDA, GIGA, TPU
+from rhino_jax.cluster.topology import (
+    CHIP,
+    MEMORY,
+    NETWORK,
+    NVLINK,
+    PCIE,
+    Cluster,
+    Link,
+)
+from rhino_jax.ir.mesh import TORUS
+
+MICRO = 1e-6
+_NCCL = "NCCL src/graph/tuning.cc, hwLat, ring"
+_PART_2 = "How to Scale Your Model (JAX ML), part 2, one-way bandwidth per link"
+_HOP = "How to Scale Your Model (JAX ML), part 3: about 1 us a hop over ICI"
+_ICI_LATENCY = 1 * MICRO
+
+
+def _nvlink(total_gigabytes: float, sheet: str) -> Link:
+    return Link(
+        *("NVLink", NVLINK, total_gigabytes / 2 * GIGA, 1.9 * MICRO),
+        f"{sheet}: {total_gigabytes:g} GB/s both ways together, through NVSwitch",
+        f"{_NCCL}, NVLINK, LL128",
+    )
+
+
+def _pcie(generation: int, gigatransfers: float, sheet: str) -> Link:
+    return Link(
+        *("PCIe", PCIE, gigatransfers * 16 / 8 * 128 / 130 * GIGA, 5.7 * MICRO),
+        f"{sheet}: PCIe Gen{generation} x16 ({gigatransfers:g} GT/s, 128b/130b coded)",
+        f"{_NCCL}, PCI, Simple",
+    )
+
+
+def _infiniband(gigabits: float, system: str) -> Link:
+    return Link(
+        *("InfiniBand", NETWORK, gigabits / 8 * GIGA, 4.0 * MICRO),
+        f"{system}: {gigabits:g} Gb/s for each GPU",
+        f"{_NCCL}, NET, LL128",
+    )
+
+
+def _ethernet(host_gigabits: float, gpus: int, system: str) -> Link:
+    return Link(
+        *("Ethernet", NETWORK, host_gigabits / 8 / gpus * GIGA, 14.0 * MICRO),
+        f"{system}: {host_gigabits:g} Gb/s a host, shared by {gpus} GPUs",
+        f"{_NCCL}, NET, Simple",
+    )
+
+
+IN_HOST = {
+    "t4": _pcie(3, 8, "NVIDIA T4 datasheet"),
+    "l4": _pcie(4, 16, "NVIDIA L4 datasheet"),
+    "a10g": _pcie(4, 16, "NVIDIA A10G datasheet"),
+    "a100-40": _nvlink(600, "NVIDIA A100 datasheet, SXM column"),
+    "a100-80": _nvlink(600, "NVIDIA A100 datasheet, SXM column"),
+    "h100": _nvlink(900, "NVIDIA H100 datasheet, SXM column"),
+    "h200": _nvlink(900, "NVIDIA H200 datasheet, SXM column"),
+    "b200": _nvlink(1800, "NVIDIA DGX B200 datasheet (14.4 TB/s for 8 GPUs)"),
+}
+BETWEEN_HOSTS = {
+    "t4": _ethernet(100, 4, "Compute Engine documentation, N1 with 4 T4"),
+    "l4": _ethernet(100, 8, "Compute Engine documentation, G2 with 8 L4"),
+    "a10g": _ethernet(100, 8, "Amazon EC2 G5 instances, g5.48xlarge"),
+    "a100-40": _ethernet(400, 8, "Amazon EC2 P4d instances, p4d.24xlarge with EFA"),
+    "a100-80": _infiniband(200, "NVIDIA DGX A100 datasheet, 8 ConnectX-6 HDR"),
+    "h100": _infiniband(400, "NVIDIA DGX H100 datasheet, 8 ConnectX-7 NDR"),
+    "h200": _infiniband(400, "NVIDIA DGX H200 datasheet, 8 ConnectX-7 NDR"),
+    "b200": _infiniband(400, "NVIDIA DGX B200 datasheet, 8 ConnectX-7 NDR"),
+}
+IN_MEMORY = Link(
+    *("host memory", MEMORY, 3.2 * GIGA, 20 * MICRO),
+    "assumed: half of a device's share of memory bandwidth (one read, one write)",
+    "assumed: threads of simulated devices meet at each step",
+)
+
+
+def _ici(gigabytes: float, source: str = _PART_2) -> Link:
+    return Link("ICI", TORUS, gigabytes * GIGA, _ICI_LATENCY, source, _HOP)
+
+
+ICI = {
+    "v4": _ici(22.5, f"{_PART_2}: 45 GB/s, shared by the 2 cores of a chip"),
+    "v4-megacore": _ici(45),
+    "v5e": _ici(50),
+    "v5p": _ici(100),
+    "v6e": _ici(100),
+}
+
+
+def _dcn(gigabits: float, source: str) -> Link:
+    return Link(
+        *("DCN", NETWORK, gigabits / 8 * GIGA, 14.0 * MICRO),
+        source,
+        f"assumed as of GPU hosts: {_NCCL}, NET, Simple",
+    )
+
+
+_V4_DCN = "How to Scale Your Model, part 2: about 25 GB/s a host of 4 chips"
+_TPU_PAGE = "Cloud TPU documentation, TPU"
+DCN = {
+    "v4": _dcn(25, f"{_V4_DCN}; half a chip's share"),
+    "v4-megacore": _dcn(50, _V4_DCN),
+    "v5e": _dcn(25, f"{_TPU_PAGE} v5e: 6.4 Tb/s for a pod of 256 chips"),
+    "v5p": _dcn(50, f"{_TPU_PAGE} v5p: 50 Gb/s a chip"),
+    "v6e": _dcn(100, f"{_TPU_PAGE} v6e: 25.6 Tb/s for a pod of 256 chips"),
+}
+ON_CHIP = Link(
+    *("chip", CHIP, 300 * GIGA, _ICI_LATENCY),
+    "assumed: the cores of a TPU v4 chip exchange through their HBM (Cloud TPU "
+    "documentation, TPU v4: 1200 GB/s a chip), one read and one write",
+    f"assumed as of ICI: {_HOP}",
+)
+
+TORUS_DIMENSIONS = {"v4": 3, "v4-megacore": 3, "v5e": 2, "v5p": 3, "v6e": 2}
+"""Cloud TPU documentation, system architecture of each generation."""
+_CUBE = 4  # optical switches join whole 4x4x4 cubes
+_POD_SIDE = 16  # a 2-D torus closes only around a whole pod
+
+
+def cpu_cluster(count: int) -> Cluster:
+    """``count`` simulated devices that share a host's memory."""
+    return Cluster(f"cpu:{count}", CATALOGUE["cpu"], ((IN_MEMORY, count),))
+
+
+def gpu_cluster(name: str, hosts: int, gpus_per_host: int) -> Cluster:
+    """Hosts of equal GPUs: ``name`` is the catalogue's."""
+    device = CATALOGUE[name]
+    assert device.platform == CUDA, name
+    levels = ((BETWEEN_HOSTS[name], hosts), (IN_HOST[name], gpus_per_host))
+    return Cluster(f"{name}:{hosts}x{gpus_per_host}", device, levels)
+
+
+def tpu_cluster(name: str, shape: tuple[int, ...], slices: int = 1) -> Cluster:
+    """Slices of a torus of ``shape`` chips, joined by the data centre's network.
+
+    A 3-D slice closes in every dimension where it is made of whole 4x4x4 cubes, a 2-D
+    one in the dimensions of 16 (How to Scale Your Model, part 2).
+    """
+    device = CATALOGUE[name]
+    assert device.platform == TPU, name
+    assert len(shape) == TORUS_DIMENSIONS[name], (name, shape)
+    cubes = len(shape) == 3 and all(side % _CUBE == 0 for side in shape)
+    levels = [(DCN[name], slices)] if slices > 1 else []
+    for dimension, side in zip("xyz", shape, strict=False):
+        levels.append((_along(ICI[name], dimension, cubes or side == _POD_SIDE), side))
+    if name == "v4":
+        levels.append((ON_CHIP, 2))
+    text = f"{name}:" + "x".join(map(str, shape))
+    return Cluster(text + f"x{slices}slices" * (slices > 1), device, tuple(levels))
+
+
+def _along(link: Link, dimension: str, wraps: bool) -> Link:
+    """A torus has wires of its own along each dimension."""
+    return Link(
+        f"{link.name} {dimension}",
+        link.kind,
+        link.bytes_per_second,
+        link.latency_seconds,
+        link.bandwidth_source,
+        link.latency_source,
+        wraps,
+    )
