@@ -1,0 +1,94 @@
+"""Which buffers of an unfolded plan are real.
+
+Compilers do not write what a fused reader can make again as cheaply as it can read it.
+The rule used here, for a buffer that a *fused* instruction makes:
+
+1. an opaque instruction reads it, or it is an output: it is written;
+2. nobody reads it, or one instruction does: it is not written;
+3. several read it: it is not written if making it again reads at most
+   :data:`AGAIN` times the bytes that reading it would.
+
+What is not written is made again where it is read, so what *it* is made of must still
+be there: a saved ``gelu(x)`` that is never written keeps ``x`` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rhino_jax.cost.buffers import (
+    FUSED,
+    OPAQUE,
+    PARTIAL_READERS,
+    REDUCING,
+    Instruction,
+    Unfolded,
+)
+
+AGAIN = 1.25
+MOST_SOURCES = 24
+"""A fusion that would read more buffers than this is cut."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What is real.
+
+    Attributes:
+        written: for each buffer, whether it is real.
+        sources: what reading a buffer reads: real buffers, and the bytes of each.
+        reduced: of a reduction's result, the real buffers that were reduced.
+    """
+
+    written: tuple[bool, ...]
+    sources: tuple[Mapping[int, int], ...]
+    reduced: Mapping[int, frozenset[int]]
+
+
+def fusion(unfolded: Unfolded) -> Fusion:
+    """The rule above, over all buffers. Linear in the instructions."""
+    count = len(unfolded.buffers)
+    size = [buffer.num_bytes for buffer in unfolded.buffers]
+    demanded = [False] * count
+    for instruction in unfolded.instructions:
+        if instruction.role == OPAQUE:
+            for buffer in instruction.reads:
+                demanded[buffer] = True
+    for buffer in (*unfolded.inputs, *unfolded.outputs, *unfolded.pinned):
+        demanded[buffer] = True
+    written = [True] * count
+    sources: list[Mapping[int, int]] = [{b: size[b]} for b in range(count)]
+    reduced: dict[int, frozenset[int]] = {}
+    for instruction in unfolded.instructions:
+        if instruction.role == REDUCING:
+            read = frozenset(s for b in instruction.reads for s in sources[b])
+            reduced.update(dict.fromkeys(instruction.writes, read))
+        if instruction.role != FUSED:
+            continue
+        for made in instruction.writes:
+            found = _sources(instruction, made, sources, size)
+            readers = len(unfolded.readers[made])
+            again = sum(found.values()) <= AGAIN * size[made]
+            if demanded[made] or len(found) > MOST_SOURCES:
+                continue
+            if readers <= 1 or again:
+                written[made] = False
+                sources[made] = found
+    return Fusion(tuple(written), tuple(sources), reduced)
+
+
+def _sources(
+    instruction: Instruction,
+    made: int,
+    sources: list[Mapping[int, int]],
+    size: list[int],
+) -> dict[int, int]:
+    """What making one buffer reads: each source once, no more than is used of it."""
+    part = instruction.kind in PARTIAL_READERS
+    found: dict[int, int] = {}
+    for read in instruction.reads:
+        for source, num_bytes in sources[read].items():
+            used = min(num_bytes, size[made]) if part else num_bytes
+            found[source] = max(found.get(source, 0), used)
+    return found

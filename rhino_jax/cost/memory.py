@@ -1,0 +1,233 @@
+"""Peak memory of a device: the real buffers of a plan, by liveness.
+
+Inputs are there from beginning to end; an output that takes over a donated input's
+memory costs nothing once that input was last read. Every other buffer lives from the
+instruction that writes it to the last that reads it, or reads what is made of it
+without being written (:mod:`rhino_jax.cost.fusion`). A fused instruction may write
+over a buffer of the same size that it reads last, and so may an all-reduce, a scatter
+and the carries of a loop. What a body holds at most stands beside its loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from rhino_jax.cost.buffers import FUSED, Instruction, RuleOf, Unfolded, unfold
+from rhino_jax.cost.fusion import Fusion, fusion
+from rhino_jax.cost.order import combined_at, products_at
+from rhino_jax.ir.assignment import Assignment
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program, Where
+
+BEFORE = -1
+_NAMED = 8
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a compiler does with memory beside the plan.
+
+    Attributes:
+        workspace_bytes: scratch memory of a library's matrix product while it runs.
+        combine_bytes: collectives are combined up to this size; 0 is never.
+        late_products: a product that is only added runs where it is added.
+    """
+
+    workspace_bytes: int = 0
+    combine_bytes: int = 0
+    late_products: bool = False
+
+
+HABITS: Mapping[str, Habits] = {
+    # cuBLAS on Hopper asks for 32 MiB (XLA's s8[33554432]); the thresholds are the
+    # defaults of xla_gpu_*_combine_threshold_bytes.
+    "cuda": Habits(32 * MIB, 30 * MIB, True),
+    "tpu": Habits(),
+    "cpu": Habits(),
+}
+"""By platform, as observed in programs compiled for it."""
+
+WORKSPACE = frozenset(("dot_general",))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, pads of ragged shards included.
+
+    Attributes:
+        peak_bytes: inputs, outputs with memory of their own and temporaries at once.
+        input_bytes: all inputs (parameters, optimizer state, batch).
+        output_bytes: outputs that take over no donated input.
+        temp_bytes: what stands at the peak beside the inputs.
+        op: index of the op of the Program at the peak (-1: before the first).
+        where: its place in the user's source.
+        at_peak: the largest buffers beside the inputs at the peak, and their bytes.
+    """
+
+    peak_bytes: int
+    input_bytes: int
+    output_bytes: int
+    temp_bytes: int
+    op: int = BEFORE
+    where: Where = field(default=Where())
+    at_peak: tuple[tuple[str, int], ...] = ()
+
+
+def memory(
+    program: Program,
+    assignment: Assignment,
+    mesh: Mesh,
+    rule_of: RuleOf,
+    donated: tuple[int, ...] = (),
+    habits: Habits = Habits(),
+) -> Memory:
+    """Peak bytes of ``program`` under ``assignment``, near linear in its ops.
+
+    Args:
+        donated: positions of inputs whose memory outputs may take over.
+        habits: what the compiler adds (:data:`HABITS`).
+    """
+    unfolded = unfold(program, assignment, mesh, rule_of, donated)
+    return memory_of(unfolded, fusion(unfolded), habits)
+
+
+def memory_of(unfolded: Unfolded, fused: Fusion, habits: Habits = Habits()) -> Memory:
+    """:func:`memory` of what was unfolded already."""
+    held = _Held(unfolded, fused, habits)
+    inputs = sum(unfolded.buffers[b].num_bytes for b in set(unfolded.inputs))
+    top = max(held.bytes_at, default=0)
+    spot = held.bytes_at.index(top) if top else BEFORE
+    at = unfolded.instructions[spot] if spot != BEFORE else None
+    taken = {unfolded.outputs[o] for _, o in unfolded.same}
+    free = {*unfolded.inputs, *taken}
+    return Memory(
+        inputs + top,
+        inputs,
+        sum(unfolded.buffers[b].num_bytes for b in {*unfolded.outputs} - free),
+        top,
+        at.index if at else BEFORE,
+        at.where if at else Where(),
+        tuple(held.named(spot)),
+    )
+
+
+class _Held:
+    """Bytes held beside the inputs during every instruction."""
+
+    def __init__(self, unfolded: Unfolded, fused: Fusion, habits: Habits) -> None:
+        self.unfolded = unfolded
+        self.fused = fused
+        self.born, self.dies = _lifetimes(unfolded, fused, habits)
+        self.inside = {
+            i: max(_body_peak(body, habits) for body in instruction.bodies)
+            for i, instruction in enumerate(unfolded.instructions)
+            if instruction.bodies
+        }
+        for i, instruction in enumerate(unfolded.instructions):
+            if instruction.kind in WORKSPACE and habits.workspace_bytes:
+                self.inside[i] = habits.workspace_bytes
+        end = len(unfolded.instructions)
+        change = [0] * (end + 2)
+        for buffer, birth in self.born.items():
+            size = unfolded.buffers[buffer].num_bytes
+            change[max(birth, 0)] += size
+            change[max(birth, self.dies[buffer] + 1)] -= size
+        *held, _ = accumulate(change)
+        self.bytes_at = [held[i] + self.inside.get(i, 0) for i in range(end)]
+
+    def named(self, spot: int) -> Iterator[tuple[str, int]]:
+        """The largest buffers held during one instruction."""
+        live = [b for b, birth in self.born.items() if birth <= spot <= self.dies[b]]
+        buffers = self.unfolded.buffers
+        named = [(buffers[b].name, buffers[b].num_bytes) for b in live]
+        if self.inside.get(spot):
+            kind = self.unfolded.instructions[spot].kind
+            named.append((f"inside {kind}", self.inside[spot]))
+        yield from sorted(named, key=lambda pair: (-pair[1], pair[0]))[:_NAMED]
+
+
+def _body_peak(body: Unfolded, habits: Habits) -> int:
+    """The bytes that a body holds at most beside what its loop holds."""
+    return max(_Held(body, fusion(body), habits).bytes_at, default=0)
+
+
+def _lifetimes(
+    unfolded: Unfolded, fused: Fusion, habits: Habits
+) -> tuple[dict[int, int], dict[int, int]]:
+    """When each real buffer but the inputs is first and last held.
+
+    ``dies`` is the last instruction whose run needs it. One that is written over in
+    place dies before the instruction that does so.
+    """
+    end = len(unfolded.instructions)
+    reads = [_real_reads(x, fused) for x in unfolded.instructions]
+    runs = combined_at(unfolded, reads, habits.combine_bytes)
+    late = products_at(unfolded) if habits.late_products else {}
+    runs.update(late)
+    born: dict[int, int] = {}
+    dies: dict[int, int] = dict.fromkeys(unfolded.inputs, BEFORE)
+    for index, instruction in enumerate(unfolded.instructions):
+        place = runs.get(index, index)
+        for buffer in reads[index]:
+            dies[buffer] = max(dies.get(buffer, BEFORE), place)
+        for buffer in instruction.writes:
+            if fused.written[buffer]:
+                born[buffer] = dies[buffer] = place
+    taken = {}
+    for i, o in unfolded.same:
+        before, after = unfolded.inputs[i], unfolded.outputs[o]
+        if after in born:
+            taken[after] = dies[before]
+    for buffer in unfolded.outputs:
+        dies[buffer] = end
+    for buffer, last in taken.items():
+        # Written straight into the old memory, or once that was last read.
+        dies[buffer] = last if last > born[buffer] else born[buffer] - 1
+    for index in late:  # the sum is written straight away
+        (product,) = unfolded.instructions[index].writes
+        dies[product] = born[product] - 1
+    for index, instruction in enumerate(unfolded.instructions):
+        if index in runs:  # a combined collective copies
+            continue
+        for read, made in _in_place(instruction, reads[index], unfolded, fused):
+            if read in born and dies[read] == index and made in born:
+                if dies[made] >= born[made]:
+                    dies[read] = index - 1
+    return born, dies
+
+
+def _real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
+    """The real buffers needed while an instruction runs; none if it makes none."""
+    skipped = instruction.role == FUSED and instruction.writes
+    if skipped and not any(fused.written[b] for b in instruction.writes):
+        return ()
+    return tuple({s: 0 for read in instruction.reads for s in fused.sources[read]})
+
+
+def _in_place(
+    instruction: Instruction, reads: tuple[int, ...], unfolded: Unfolded, fused: Fusion
+) -> Iterator[tuple[int, int]]:
+    """Pairs (read, written) of equal size that may be one memory."""
+    buffers = unfolded.buffers
+    if instruction.role != FUSED:
+        yield from (
+            (r, w)
+            for r, w in instruction.overwrites
+            if buffers[r].num_bytes == buffers[w].num_bytes
+        )
+        return
+    # A reduction and what it reduced, in one kernel (softmax, norms): not in place.
+    reduced = {b for read in reads for b in fused.reduced.get(read, ())}
+    left = [b for b in reads if b not in reduced]
+    for made in instruction.writes:
+        if not fused.written[made]:
+            continue
+        size = buffers[made].num_bytes
+        for read in left:
+            if buffers[read].num_bytes == size:
+                left.remove(read)
+                yield read, made
+                break

@@ -1,0 +1,123 @@
+"""What a plan will cost: seconds and bytes of one step, predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rhino_jax.cluster.topology import Cluster
+from rhino_jax.cost.buffers import RuleOf, Unfolded, unfold
+from rhino_jax.cost.collectives import step_seconds
+from rhino_jax.cost.compute import work_of
+from rhino_jax.cost.fusion import fusion
+from rhino_jax.cost.memory import HABITS, Memory, memory_of
+from rhino_jax.ir.assignment import Assignment
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program
+
+
+@dataclass(frozen=True)
+class PricedCollective:
+    """One collective: what each device sends each time, how often, seconds each time.
+
+    ``op`` is the index of the op of the outermost Program it is written at.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    wire_bytes: int
+    count: int
+    seconds: float
+    op: int
+
+    @property
+    def total_seconds(self) -> float:
+        return self.seconds * self.count
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One step of a plan on one device of a cluster.
+
+    Attributes:
+        step_seconds: compute and communication one after the other: nothing is
+            hidden behind anything, so an upper bound in that.
+        compute_seconds, comm_seconds: its two parts.
+        flops: of matrix products and convolutions on one device.
+        memory_traffic_bytes: read and written by all ops but collectives.
+        wire_bytes: sent by each device.
+        memory: the peak, and what stands there.
+        device_bytes: memory of the device.
+        collectives: every collective of the plan, in order.
+    """
+
+    step_seconds: float
+    compute_seconds: float
+    comm_seconds: float
+    flops: float
+    memory_traffic_bytes: float
+    wire_bytes: int
+    memory: Memory
+    device_bytes: int
+    collectives: tuple[PricedCollective, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.memory.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the device's memory."""
+        return self.peak_bytes <= self.device_bytes
+
+
+def predict(
+    program: Program,
+    assignment: Assignment,
+    mesh: Mesh,
+    cluster: Cluster,
+    rule_of: RuleOf,
+    donated: tuple[int, ...] = (),
+) -> Prediction:
+    """Seconds and bytes of one step of ``program`` under ``assignment``.
+
+    Args:
+        mesh: laid over the whole cluster, row-major.
+        rule_of: the look-up of rules (:func:`rhino_jax.rules.rule_of`).
+        donated: positions of inputs whose memory outputs may take over.
+    """
+    unfolded = unfold(program, assignment, mesh, rule_of, donated)
+    fused = fusion(unfolded)
+    work = work_of(unfolded, fused, mesh, cluster.device)
+    priced = tuple(_collectives(unfolded, mesh, cluster, 1, None))
+    comm_seconds = sum(one.total_seconds for one in priced)
+    return Prediction(
+        work.seconds + comm_seconds,
+        work.seconds,
+        comm_seconds,
+        work.flops,
+        work.num_bytes,
+        sum(one.wire_bytes * one.count for one in priced),
+        memory_of(unfolded, fused, HABITS[cluster.device.platform]),
+        cluster.device.memory_bytes,
+        priced,
+    )
+
+
+def _collectives(
+    unfolded: Unfolded, mesh: Mesh, cluster: Cluster, count: int, op: int | None
+) -> Iterator[PricedCollective]:
+    """All branches of a ``cond`` are counted; a ``while`` counts as one trip."""
+    for at in unfolded.instructions:
+        place = at.index if op is None else op
+        if at.step and at.step.wire_bytes:
+            yield PricedCollective(
+                at.step.kind,
+                at.step.axes,
+                at.step.wire_bytes,
+                count,
+                step_seconds(at.step, mesh, cluster),
+                place,
+            )
+        for body in at.bodies:
+            yield from _collectives(body, mesh, cluster, count * at.trips, place)
