@@ -7,7 +7,9 @@ file says what a new JAX release may break.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,9 +48,28 @@ def as_written(eqn: Any) -> Iterator[None]:
 
 
 def source_line(eqn: Any) -> tuple[str, int]:
-    """The user's file and line of ``eqn`` (("", 0) where none is known)."""
-    frame = _source.user_frame(eqn.source_info.traceback)
+    """The user's file and line of ``eqn`` (("", 0) where none is known).
+
+    Of the frames it was traced under the innermost that is neither Rhino's nor of a
+    library for models and optimizers; where all are, the innermost.
+    """
+    frames = list(_source.user_frames(eqn.source_info.traceback))
+    own = (frame for frame in frames if not _is_library(frame.file_name))
+    frame = next(own, frames[0] if frames else None)
     return (frame.file_name, frame.start_line) if frame else ("", 0)
+
+
+_HOME = f"{Path(__file__).parent}/"
+_LIBRARIES = tuple(
+    f"-packages/{name}/" for name in "flax optax equinox haiku chex einops".split()
+)
+
+
+@functools.cache
+def _is_library(file: str) -> bool:
+    """Whether ``file`` is not the user's. The demo's model is one like any other."""
+    inside = file.startswith(_HOME) and not file.startswith(f"{_HOME}cli/")
+    return inside or any(name in file for name in _LIBRARIES)
 
 
 def name_stack(eqn: Any) -> str:

@@ -1,9 +1,10 @@
 """What is known of one signature of a step, and how a call is held against it.
 
-A call is checked quickly, in a few microseconds per hundred leaves: what it brings anew
-(the batch) leaf by leaf, the rest (the state) by its buffers, and a few of its leaves
-by their shardings. A state of other shapes, or on the same devices otherwise, is
-noticed by ``jax.jit``.
+A call is checked quickly. What it brings anew (the batch) is looked at leaf by leaf.
+The rest is mostly the state that the last call returned: where its leaves are those
+very arrays there is nothing to check. Otherwise their buffers are, and the shardings of
+a few; a state of other shapes, or on the same devices otherwise, is noticed by
+``jax.jit``.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ class Entry:
 
     ``avals`` are those of all leaves. ``watched`` are the leaves that a call brings
     anew, each with the kinds and the shardings seen good so far; ``rest`` are the other
-    leaves, mostly the state, and ``probes`` a few of them with their shardings.
-    ``given`` are a few of the donated leaves, ``first`` their number where they are the
-    first ones.
+    leaves and ``probes`` a few of them with their shardings. ``donates`` counts the
+    donated leaves, ``first`` says that they are the first ones, ``given`` are a few of
+    them. ``next`` are the results that take the place of ``rest`` in the next call.
     """
 
     planned: Planned
@@ -85,9 +86,10 @@ class Entry:
     watched: tuple[tuple[int, set[Kind], list[Any]], ...] = ()
     rest: slice | tuple[int, ...] = ()
     probes: list[tuple[int, Any]] = field(default_factory=list)
-    donates: bool = False
+    donates: int = 0
+    first: bool = False
     given: tuple[int, ...] = ()
-    first: int = 0
+    next: slice | tuple[int, ...] = ()
     constants: tuple[Any, ...] = ()
     run: Any = None
 
@@ -101,46 +103,58 @@ class Entry:
         self.watched = tuple((i, set(), []) for i in anew)
         self.rest = _packed(rest)
         self.probes = [(i, wanted[i]) for i in spread(rest)]
-        self.donates = bool(traced.donated)
+        self.donates = len(traced.donated)
+        self.first = traced.donated == tuple(range(self.donates))
         self.given = spread(traced.donated)
-        count = len(traced.donated)
-        self.first = count if traced.donated == tuple(range(count)) else 0
+        heirs = dict(traced.state_pairs)
+        self.next = _packed([heirs[i] for i in rest if i in heirs])
 
     def matches(self, tree: Any, static: Static, avals: tuple[Kind, ...]) -> bool:
         return tree == self.tree and static == self.static and avals == self.avals
 
-    def read(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any] | None:
-        """The leaves of a call that is as usual; None for one to be looked at."""
+    def read(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], returned: list[int]
+    ) -> list[Any] | None:
+        """The leaves of a call that is as usual; None for one to be looked at.
+
+        ``returned`` are the ids of the arrays that make up the last call's state.
+        """
         try:
             if self.keys:
                 args, kwargs, static = split(args, kwargs, self.keys)
                 if static != self.static:
                     return None
             leaves, tree = jax.tree.flatten((args, kwargs))
-            if tree != self.tree or not self._as_usual(leaves):
+            if tree != self.tree:
                 return None
+            ids = list(map(id, _some(leaves, self.rest)))
+            if ids != returned and not self._sound(leaves, ids):
+                return None
+            return leaves if self._as_usual(leaves, ids) else None
         except (AttributeError, TypeError, ValueError):
             # No arrays of JAX, or tracers, or arguments that do not even compare.
             return None
-        return leaves
 
-    def _as_usual(self, leaves: list[Any]) -> bool:
-        rest = self._rest_of(leaves)
-        if any(map(_is_deleted, rest)):
+    def _sound(self, leaves: list[Any], ids: list[int]) -> bool:
+        """Whether the rest is alive, given once, and where it should be."""
+        if any(map(_is_deleted, _some(leaves, self.rest))):
             return False
         for i, home in self.probes:
             found = leaves[i].sharding
             if found is not home and found != home:
                 return False
-        buffers = set(map(id, rest)) if self.donates else set()
-        if self.donates and len(buffers) != len(rest):
-            return False
+        return not self.donates or len(set(ids)) == len(ids)
+
+    def _as_usual(self, leaves: list[Any], ids: list[int]) -> bool:
+        """Whether what a call brings anew is like what was brought before."""
         for i, kinds, homes in self.watched:
             leaf = leaves[i]
-            if kind_of(leaf) not in kinds or id(leaf) in buffers:
+            if kind_of(leaf) not in kinds:
                 return False
             if isinstance(leaf, jax.Array) and (
-                leaf.is_deleted() or (leaf.committed and leaf.sharding not in homes)
+                leaf.is_deleted()
+                or (leaf.committed and leaf.sharding not in homes)
+                or (self.donates and id(leaf) in ids)
             ):
                 return False
         return True
@@ -160,19 +174,19 @@ class Entry:
             ):
                 self.probes[k] = i, x.sharding
 
-    def call(self, leaves: list[Any]) -> Any:
-        """The result of the step on the leaves of its arguments."""
+    def call(self, leaves: list[Any]) -> tuple[Any, list[int]]:
+        """The result of the step, and the ids of the arrays of its state."""
         if self.first:
-            donated, others = leaves[: self.first], leaves[self.first :]
+            donated, others = leaves[: self.donates], leaves[self.donates :]
         else:
             donated, others = parted(leaves, self.planned.traced.donated)
-        return self.run(donated, [*others, *self.constants])
+        outs = self.run(donated, [*others, *self.constants])
+        result = jax.tree.unflatten(self.planned.traced.out_tree, outs)
+        return result, list(map(id, _some(outs, self.next)))
 
-    def _rest_of(self, leaves: list[Any]) -> list[Any]:
-        rest = self.rest
-        if isinstance(rest, slice):
-            return leaves[rest]
-        return [leaves[i] for i in rest]
+
+def _some(items: Any, which: slice | tuple[int, ...]) -> Any:
+    return items[which] if isinstance(which, slice) else [items[i] for i in which]
 
 
 def _packed(numbers: list[int]) -> slice | tuple[int, ...]:

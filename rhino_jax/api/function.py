@@ -53,7 +53,8 @@ class ParallelFunction:
         self._given_plan = plan
         self._parent = parent
         self._entries: list[Entry] = []
-        self._hot: Entry | None = None
+        self._ready: list[Entry] = []
+        self._returned: list[int] = []
         self._gifts: deque[tuple[tuple[Any, ...], types.CodeType, int]] = deque(
             maxlen=REMEMBERED_CALLS
         )
@@ -65,22 +66,28 @@ class ParallelFunction:
     # ---- calling ------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        entry = self._hot
-        leaves = None if entry is None else entry.read(args, kwargs)
-        if entry is None or leaves is None:
+        leaves = None
+        for entry in self._ready:
+            leaves = entry.read(args, kwargs, self._returned)
+            if leaves is not None:
+                break
+        if leaves is None:
             entry, leaves = self._prepared(args, kwargs)
         failed = None
         try:
-            out = entry.call(leaves)
+            result, self._returned = entry.call(leaves)
         except Exception as error:
             failed = error
         if failed is not None:
-            entry, out = self._again(entry, args, kwargs, leaves, failed)
+            result, leaves, entry = self._again(entry, args, kwargs, leaves, failed)
         if entry.donates:
             frame = sys._getframe(1)
             refs = tuple([_reference(leaves[i]) for i in entry.given])
             self._gifts.append((refs, frame.f_code, frame.f_lineno))
-        return out
+        if entry is not self._ready[0]:
+            self._ready.remove(entry)
+            self._ready.insert(0, entry)
+        return result
 
     def _prepared(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -92,9 +99,9 @@ class ParallelFunction:
         entry, leaves = self._find(args, kwargs) or self._add(args, kwargs)
         if entry.run is None:
             _make_ready(entry)
+            self._ready.append(entry)
         leaves = self._moved(entry, leaves)
         entry.learn(leaves)
-        self._hot = entry
         return entry, placing.given_once(entry, leaves)
 
     def _again(
@@ -104,7 +111,7 @@ class ParallelFunction:
         kwargs: Mapping[str, Any],
         leaves: list[Any],
         error: Exception,
-    ) -> tuple[Entry, Any]:
+    ) -> tuple[Any, list[Any], Entry]:
         """A call that failed: once more for its own signature, or the error itself."""
         from rhino_jax.lower.program import SignatureChanged
 
@@ -115,7 +122,8 @@ class ParallelFunction:
             if all(a is b for a, b in zip(leaves, moved, strict=True)):
                 raise error
             leaves = moved
-        return entry, entry.call(leaves)
+        result, self._returned = entry.call(leaves)
+        return result, leaves, entry
 
     def _moved(self, entry: Entry, leaves: list[Any]) -> list[Any]:
         """Committed arrays that lie elsewhere, moved; the first time with a notice."""

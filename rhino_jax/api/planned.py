@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from rhino_jax import compat
+from rhino_jax.api.activations import activations
 from rhino_jax.api.entry import parted
 from rhino_jax.errors import MeshError, OptionsError, PinError
 from rhino_jax.ir.layout import Layout
@@ -46,7 +47,8 @@ class Planned:
     jax_mesh: Any
 
     def __str__(self) -> str:
-        return plan_text(self.plan)
+        inside = activations(self.traced.program, self.plan.assignment)
+        return plan_text(self.plan, inside)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; :func:`rhino_jax.plan` takes it back."""
@@ -107,7 +109,7 @@ class Planned:
         )
 
     def jit_call(self) -> Any:
-        """The parallel step as it is called: (donated leaves, other leaves) -> result.
+        """The parallel step as it is called: (donated, other leaves) -> flat results.
 
         Two lists in place of many arguments: what ``jax.jit`` spends on each argument
         is saved. The order is that of the leaves, constants last.
@@ -122,8 +124,7 @@ class Planned:
 
         def step(donated: list[Any], others: list[Any]) -> Any:
             leaves = (*donated, *others)
-            outs = flat(*(leaves[place[i]] for i in range(count)))
-            return jax.tree.unflatten(traced.out_tree, outs)
+            return flat(*(leaves[place[i]] for i in range(count)))
 
         step.__name__ = traced.program.name
         if not plan.mesh.axes:
@@ -132,7 +133,7 @@ class Planned:
         return jax.jit(
             step,
             in_shardings=parted(where, traced.donated),
-            out_shardings=self.out_shardings,
+            out_shardings=tuple(self.shardings(plan.assignment.outputs)),
             donate_argnums=0,
         )
 

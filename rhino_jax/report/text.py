@@ -3,45 +3,89 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from rhino_jax.ir.layout import contiguous
+from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import itemsize, short_dtype
 from rhino_jax.plan import Collective, Leaf, Plan
 
 WIDTH = 100
+UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
-def plan_text(plan: Plan) -> str:
-    """The whole plan, at most :data:`WIDTH` columns wide."""
+def plan_text(plan: Plan, activations: Iterable[Leaf] = ()) -> str:
+    """The whole plan, at most :data:`WIDTH` columns wide.
+
+    ``activations`` are interior values worth showing, by source line or name.
+    """
     from rich.console import Console
-    from rich.table import Table
 
     out = io.StringIO()
-    console = Console(file=out, width=WIDTH, color_system=None, highlight=False)
-    title = f"plan of {plan.program_name}"
-    where = plan.cluster or f"{max(plan.mesh.num_devices, 1)} devices"
-    console.print(f"{title} · {where} · mesh ({plan.mesh or 'one device'})")
+    console = Console(
+        file=out,
+        width=WIDTH,
+        color_system=None,
+        highlight=False,
+        markup=False,
+        emoji=False,
+    )
+    count = max(plan.mesh.num_devices, 1)
+    where = plan.cluster or ("1 device" if count == 1 else f"{count} devices")
+    mesh = f"mesh ({plan.mesh})" if plan.mesh.axes else "no mesh"
+    console.print(f"plan of {plan.program_name} · {where} · {mesh}")
     how = [plan.recipe and f"recipe {plan.recipe}", f"lowering {plan.lowering}"]
     if plan.microbatches > 1:
         how.append(f"{plan.microbatches} microbatches")
     console.print(" · ".join(part for part in how if part))
-    for heading, leaves in (("inputs", plan.inputs), ("outputs", _other(plan))):
-        table = Table(box=None, pad_edge=False, title_justify="left")
-        table.add_column(heading, overflow="fold")
-        table.add_column("array")
-        table.add_column("PartitionSpec")
-        table.add_column("MiB/device", justify="right")
-        for row in _leaf_rows(plan, leaves):
-            table.add_row(*row)
-        console.print()
-        console.print(table)
+    for heading, leaves in (
+        ("inputs", plan.inputs),
+        ("activations", tuple(activations)),
+        ("outputs", _other(plan)),
+    ):
+        if leaves:
+            headings = (heading, "array", "PartitionSpec", "per device")
+            console.print()
+            console.print(_table(headings, _leaf_rows(plan, leaves), numbers=1))
     console.print()
-    console.print(_collective_table(plan, Table))
+    sent = ("collective", "axis", "array", "line", "times", "sent")
+    if plan.collectives:
+        console.print(_table(sent, _collective_rows(plan), numbers=2))
+    else:
+        console.print("no collectives")
     for note in plan.notes:
         console.print(f"note: {note}")
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def _table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], numbers: int
+) -> object:
+    """A table without lines; the last ``numbers`` columns stand to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column, heading in enumerate(headings):
+        right = column >= len(headings) - numbers
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def bytes_text(size: float) -> str:
+    """A size as people read it.
+
+    >>> bytes_text(900), bytes_text(57344), bytes_text(3 * 2**30)
+    ('900 B', '56.0 KiB', '3.0 GiB')
+    """
+    if size < 1024:
+        return f"{size:.0f} B"
+    power = min(int(math.log(size, 1024)), len(UNITS))
+    return f"{size / 1024**power:.1f} {UNITS[power - 1]}"
 
 
 def _other(plan: Plan) -> tuple[Leaf, ...]:
@@ -54,19 +98,38 @@ def _other(plan: Plan) -> tuple[Leaf, ...]:
     )
 
 
-def _leaf_rows(
-    plan: Plan, leaves: Sequence[Leaf]
-) -> Iterable[tuple[str, str, str, str]]:
+def _leaf_rows(plan: Plan, leaves: Sequence[Leaf]) -> Iterable[tuple[str, ...]]:
     """One row for leaves alike but for a layer's number, which is folded."""
     folded: dict[tuple[str, str, str], list[Leaf]] = {}
     for leaf in leaves:
-        array = f"{short_dtype(leaf.dtype)}{list(leaf.shape)}".replace(" ", "")
-        key = (re.sub(r"\d+", "*", leaf.path), array, spec_text(leaf))
+        key = (_NUMBER.sub("*", leaf.path), _array(leaf), spec_text(leaf, plan.mesh))
         folded.setdefault(key, []).append(leaf)
-    for (pattern, array, spec), group in folded.items():
-        name = group[0].path if len(group) == 1 else f"{len(group)} × {pattern}"
-        held = sum(_local_bytes(plan, leaf) for leaf in group) / 2**20
-        yield name, array, spec, f"{held:.3f}"
+    for (_, array, spec), group in folded.items():
+        name = folded_path([leaf.path for leaf in group])
+        count = f"{len(group)} × " if len(group) > 1 else ""
+        held = sum(_local_bytes(plan, leaf) for leaf in group)
+        yield f"{count}{name}", array, spec, bytes_text(held)
+    held = sum(_local_bytes(plan, leaf) for leaf in leaves)
+    yield "in all", "", "", bytes_text(held)
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def folded_path(paths: Sequence[str]) -> str:
+    """Paths alike but for numbers as one, with a star for a number that differs.
+
+    >>> folded_path(["0/layers/3/w", "0/layers/4/w"])
+    '0/layers/*/w'
+    """
+    columns = zip(*(_NUMBER.findall(path) for path in paths), strict=True)
+    marks = iter([c[0] if len(set(c)) == 1 else "*" for c in columns])
+    return _NUMBER.sub(lambda _: next(marks), paths[0])
+
+
+def _array(value: Leaf | Collective) -> str:
+    shape = ",".join(map(str, value.shape))
+    return f"{short_dtype(value.dtype)}[{shape}]"
 
 
 def _local_bytes(plan: Plan, leaf: Leaf) -> float:
@@ -76,21 +139,25 @@ def _local_bytes(plan: Plan, leaf: Leaf) -> float:
     return size
 
 
-def spec_text(leaf: Leaf) -> str:
-    """The layout as a PartitionSpec is written."""
+def spec_text(leaf: Leaf, mesh: Mesh) -> str:
+    """The layout as a PartitionSpec is written, and what it can not say.
+
+    Partial values name the axes they are partial over; strided splits are marked with
+    the stride of their blocks.
+    """
     entries = []
-    for dim in leaf.layout.dims:
-        names = [s.axis for s in dim]
-        entries.append(
-            "None"
-            if not names
-            else repr(names[0])
-            if len(names) == 1
-            else f"({', '.join(map(repr, names))})"
-        )
+    for size, dim in zip(leaf.shape, leaf.layout.dims, strict=True):
+        blocks = contiguous(size, [s.axis for s in dim], mesh)
+        names = [
+            split.axis if split == block else f"{split.axis}/{split.stride}"
+            for split, block in zip(dim, blocks, strict=True)
+        ]
+        inner = ", ".join(map(repr, names))
+        entries.append(inner if len(names) == 1 else f"({inner})" if names else "None")
     while entries and entries[-1] == "None":
         entries.pop()
-    return f"P({', '.join(entries)})"
+    partial = "".join(f" + {op} over {axis}" for axis, op in leaf.layout.partial)
+    return f"P({', '.join(entries)}){partial}"
 
 
 @dataclass(frozen=True)
@@ -101,24 +168,19 @@ class _Row:
     where: str
 
 
-def _collective_table(plan: Plan, table_type: type) -> object:
-    """Collectives alike in kind, axes, array and source line share a row."""
+def _collective_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
+    """Collectives alike in kind, axes, array and source line share a row.
+
+    Those that send most come first.
+    """
     rows: dict[_Row, list[Collective]] = {}
     for c in plan.collectives:
-        array = f"{short_dtype(c.dtype)}{list(c.shape)}".replace(" ", "")
-        rows.setdefault(_Row(c.kind, "×".join(c.axes), array, c.where), []).append(c)
-    table = table_type(box=None, pad_edge=False)
-    for heading in ("collective", "axis", "array", "line"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("times", "MiB sent"):
-        table.add_column(heading, justify="right")
+        row = _Row(c.kind, "×".join(c.axes), _array(c), c.where)
+        rows.setdefault(row, []).append(c)
     order = sorted(rows.items(), key=lambda r: -sum(c.total_bytes for c in r[1]))
     for row, group in order:
         times = sum(c.count for c in group)
-        sent = sum(c.total_bytes for c in group) / 2**20
-        table.add_row(
-            row.kind, row.axes, row.array, row.where, str(times), f"{sent:.3f}"
-        )
+        sent = bytes_text(sum(c.total_bytes for c in group))
+        yield row.kind, row.axes, row.array, row.where, str(times), sent
     times = sum(c.count for c in plan.collectives)
-    table.add_row("in all", "", "", "", str(times), f"{plan.wire_bytes / 2**20:.3f}")
-    return table
+    yield "in all", "", "", "", str(times), bytes_text(plan.wire_bytes)

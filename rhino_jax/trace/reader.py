@@ -71,18 +71,22 @@ class _Builder:
 
 
 def read_jaxpr(
-    closed: Any, name: str = "step", input_names: Sequence[str] = ()
+    closed: Any,
+    name: str = "step",
+    input_names: Sequence[str] = (),
+    place: tuple[str, int] = ("", 0),
 ) -> tuple[Program, tuple[Any, ...]]:
     """The Program of a closed jaxpr, and the constants that follow its inputs.
 
     A constant that is read in several places, nested Programs included, is one input.
+    ``place`` is the file and line of what knows none itself.
     """
     builder = _Builder()
     env: dict[Any, int] = {}
     for i, var in enumerate(closed.jaxpr.invars):
         label = input_names[i] if i < len(input_names) else ""
         env[var] = builder.value(var.aval, label)
-    reader = _Reader(builder, [env[var] for var in closed.jaxpr.invars])
+    reader = _Reader(builder, [env[var] for var in closed.jaxpr.invars], place)
     env.update(reader.constants(closed.jaxpr, closed.consts))
     outputs = reader.equations(closed.jaxpr, env, "")
     program = Program(
@@ -99,6 +103,7 @@ def read_jaxpr(
 class _Reader:
     builder: _Builder
     inputs: list[int]
+    place: tuple[str, int]
     consts: list[Any] = field(default_factory=list)
     known: dict[int, int] = field(default_factory=dict)
 
@@ -140,7 +145,16 @@ class _Reader:
         jaxpr, consts = open_jaxpr(inner)
         env = self.constants(jaxpr, consts)
         env.update(zip(jaxpr.invars, ins, strict=True))
-        return self.equations(jaxpr, env, _join(stack, compat.name_stack(eqn)))
+        # JAX traces its own jitted functions once, and forgets who called them.
+        outer, self.place = self.place, self._line(eqn)
+        outs = self.equations(jaxpr, env, _join(stack, compat.name_stack(eqn)))
+        self.place = outer
+        return outs
+
+    def _line(self, eqn: Any) -> tuple[str, int]:
+        """The user's file and line; those of the call it came in by where not known."""
+        found = compat.source_line(eqn)
+        return found if found[0] else self.place
 
     def _op(self, eqn: Any, kind: str, ins: list[int], stack: str) -> list[int]:
         names = BODIES.get(kind, ())
@@ -150,7 +164,7 @@ class _Reader:
             held = eqn.params[name]
             for inner in held if isinstance(held, tuple | list) else (held,):
                 closed = compat.close(*open_jaxpr(inner))
-                body, consts = read_jaxpr(closed, f"{kind}.{name}")
+                body, consts = read_jaxpr(closed, f"{kind}.{name}", (), self._line(eqn))
                 taken = body.inputs[len(body.inputs) - len(consts) :]
                 pairs = zip(taken, consts, strict=True)
                 hoisted.append([self._constant(body.values[v], c) for v, c in pairs])
@@ -167,7 +181,7 @@ class _Reader:
         stack: str,
     ) -> list[int]:
         outs = [self.builder.value(var.aval) for var in eqn.outvars]
-        file, line = compat.source_line(eqn)
+        file, line = self._line(eqn)
         where = Where(file, line, _join(stack, compat.name_stack(eqn)))
         self.builder.ops.append(
             Op(
