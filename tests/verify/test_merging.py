@@ -23,6 +23,7 @@ from tests.verify import programs
 TARGETS = {"cpu": "cpu:8", "cuda": "h100:1x8", "tpu": "v5e:2x4"}
 SIZE = 512
 AG, RS = "all-gather", "reduce-scatter"
+OLD = jax.__version__.startswith("0.10.")
 
 
 def whole(w: Any) -> Any:
@@ -56,7 +57,8 @@ def added(w: Any, x: Any) -> Any:
 # program: collectives of its kind that run, per compiler
 RUNS: dict[Callable[..., Any], tuple[str, dict[str, int]]] = {
     far_apart: (AG, {"cpu": 1, "cuda": 1, "tpu": 1}),
-    behind_a_barrier: (AG, {"cpu": 1, "cuda": 2, "tpu": 2}),
+    # From jax 0.11 on the CPU keeps them apart too.
+    behind_a_barrier: (AG, {"cpu": 1 if OLD else 2, "cuda": 2, "tpu": 2}),
     added: (RS, {"cpu": 2, "cuda": 1, "tpu": 1}),
 }
 
