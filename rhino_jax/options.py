@@ -10,6 +10,8 @@ from typing import Any
 from rhino_jax.errors import OptionsError, nearest, problems
 
 LOWERINGS = ("manual", "auto")
+REMAT = ("", "none", "boundary")
+LEVELS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,16 @@ class Options:
             ``jax.sharding.Mesh``, or None for one chosen from the device count.
         cluster: plan for this hardware ("h100:2x8", "v5e:4x4") in place of the
             attached devices.
-        recipe: one of the known expert plans ("zero3"); "" takes the one that sends
-            the fewest bytes.
+        recipe: one of the known expert plans ("zero3") in place of a search.
+        optimization_level: 1 searches for seconds; 2 tries more meshes, more orders,
+            more plans.
+        memory_limit_bytes: of one device; None is the device's memory less a margin.
+        microbatches: how many parts the batch is run in, gradients accumulated; None
+            leaves it to the search (1 with a recipe).
+        remat: "none" or "boundary" (layers keep what enters them and are computed
+            again in the backward pass); None leaves it to the search ("none" with a
+            recipe).
+        cache_dir: where plans are kept; None is the user's cache, "" keeps none.
         pins: tree path (or ``rhino.name``) to PartitionSpec: layouts to keep.
         lowering: "manual" (the plan is the program) or "auto" (a replay under
             sharding constraints, left to XLA's partitioner).
@@ -36,6 +46,11 @@ class Options:
     mesh: Any = None
     cluster: str = ""
     recipe: str = ""
+    optimization_level: int = 1
+    memory_limit_bytes: int | None = None
+    microbatches: int | None = None
+    remat: str | None = None
+    cache_dir: str | None = None
     pins: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     lowering: str = "manual"
     donate: bool = True
@@ -46,6 +61,15 @@ class Options:
         if self.lowering not in LOWERINGS:
             near = nearest(self.lowering, LOWERINGS) or LOWERINGS
             found.append(f"lowering={self.lowering!r}: did you mean {near[0]!r}?")
+        if self.optimization_level not in LEVELS:
+            found.append(f"optimization_level={self.optimization_level!r}: 1 or 2")
+        if self.remat not in (None, *REMAT):
+            near = nearest(str(self.remat), REMAT[1:]) or REMAT[1:]
+            found.append(f"remat={self.remat!r}: did you mean {near[0]!r}?")
+        for name in ("memory_limit_bytes", "microbatches"):
+            given = getattr(self, name)
+            if given is not None and not (isinstance(given, int) and given >= 1):
+                found.append(f"{name}={given!r}: a whole number of at least 1, or None")
         if not isinstance(self.pins, Mapping):
             found.append(f"pins must map tree paths to PartitionSpecs: {self.pins!r}")
         if not isinstance(self.cluster, str):

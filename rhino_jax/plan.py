@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rhino_jax.errors import PlanFileError, problems
-from rhino_jax.ir.assignment import Assignment, OpPlan
+from rhino_jax.ir.assignment import Assignment, Loop, OpPlan
 from rhino_jax.ir.factors import parse_choice
 from rhino_jax.ir.layout import Layout, parse_layout
 from rhino_jax.ir.mesh import Axis, Mesh
@@ -23,7 +23,7 @@ from rhino_jax.ir.program import Op, Program
 from rhino_jax.ir.steps import Move, Step
 
 FORMAT = "rhino-plan"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,23 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What one step of a plan is predicted to cost, on one device.
+
+    ``step_seconds`` is compute and communication one after the other.
+    ``limit_bytes`` is what ``peak_bytes`` had to stay within; ``flops`` are those of
+    matrix products and convolutions.
+    """
+
+    step_seconds: float
+    compute_seconds: float
+    comm_seconds: float
+    peak_bytes: int
+    limit_bytes: int
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one Program runs on one mesh.
 
@@ -88,6 +105,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     made_with: tuple[tuple[str, str], ...] = ()
     ops: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    predicted: Predicted | None = None
 
     @property
     def wire_bytes(self) -> int:
@@ -271,18 +289,24 @@ def op_keys(program: Program) -> Iterator[tuple[str, int]]:
 def collectives(
     program: Program, assignment: Assignment, count: int = 1
 ) -> Iterator[Collective]:
-    """Every collective that the plan writes, loops multiplied out.
+    """Every collective that the plan writes, loops (over microbatches too) multiplied
+    out.
 
     All branches of a ``cond`` are counted; a ``while`` counts as one trip.
     """
-    for op, plan in zip(program.ops, assignment.ops, strict=True):
+    loop = assignment.loop or Loop((), 1)
+    inside = set(loop.ops)
+    for index, (op, plan) in enumerate(zip(program.ops, assignment.ops, strict=True)):
+        turns = count * (loop.trips if index in inside else 1)
         for move in plan.before:
-            yield from _of_move(program, move, op, count)
+            yield from _of_move(program, move, op, turns)
         trips = op.param["length"] if op.kind == "scan" else 1
         for inner, body in zip(op.programs, plan.inner, strict=True):
-            yield from collectives(inner, body, count * trips)
+            yield from collectives(inner, body, turns * trips)
         for move in plan.after:
-            yield from _of_move(program, move, op, count)
+            yield from _of_move(program, move, op, turns)
+    for move in loop.leave:
+        yield from _of_move(program, move, _maker(program, move.value), count)
     for move in assignment.final:
         yield from _of_move(program, move, _maker(program, move.value), count)
 
@@ -348,6 +372,7 @@ def _to_data(plan: Plan) -> dict[str, Any]:
         "cluster": plan.cluster,
         "notes": list(plan.notes),
         "made_with": [list(pair) for pair in plan.made_with],
+        "predicted": asdict(plan.predicted) if plan.predicted else None,
         "collectives": [_collective_data(c) for c in plan.collectives],
         "op_keys": [list(key) for key in plan.ops],
         "assignment": _assignment_data(plan.assignment),
@@ -372,6 +397,7 @@ def _from_data(data: Any) -> Plan:
         tuple(data["notes"]),
         tuple((a, b) for a, b in data["made_with"]),
         tuple((name, index) for name, index in data["op_keys"]),
+        Predicted(**data["predicted"]) if data["predicted"] else None,
     )
 
 
@@ -403,12 +429,17 @@ def _collective(data: Any) -> Collective:
 
 
 def _assignment_data(assignment: Assignment) -> dict[str, Any]:
-    return {
+    data: dict[str, Any] = {
         "inputs": [str(x) for x in assignment.inputs],
         "outputs": [str(y) for y in assignment.outputs],
         "ops": [_op_data(op) for op in assignment.ops],
         "final": [_move_data(m) for m in assignment.final],
     }
+    if assignment.loop:
+        loop = assignment.loop
+        leave = [_move_data(m) for m in loop.leave]
+        data["loop"] = {"ops": list(loop.ops), "trips": loop.trips, "leave": leave}
+    return data
 
 
 def _assignment(data: Any) -> Assignment:
@@ -417,7 +448,13 @@ def _assignment(data: Any) -> Assignment:
         tuple(parse_layout(y) for y in data["outputs"]),
         tuple(_op(op) for op in data["ops"]),
         tuple(_move(m) for m in data["final"]),
+        _loop(data["loop"]) if "loop" in data else None,
     )
+
+
+def _loop(data: Any) -> Loop:
+    leave = tuple(_move(m) for m in data["leave"])
+    return Loop(tuple(data["ops"]), data["trips"], leave)
 
 
 def _op_data(op: OpPlan) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def plan(fun: Callable[..., Any], *args: Any, **options: Any) -> Planned:
     >>> [(c.kind, c.wire_bytes) for c in planned.plan.collectives]
     [('all-reduce', 28672)]
     """
-    from rhino_jax.api.planned import bind, make_planned, traced_bare
+    from rhino_jax.api.planning import bind, make_planned, traced_bare
 
     kwargs = options.pop("kwargs", {})
     loaded, given = _whole_plan(options)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rhino_jax.api.planned import Planned, plan_traced
+from rhino_jax.api.planned import Planned
+from rhino_jax.api.planning import plan_traced
 from rhino_jax.options import Options
 from rhino_jax.plan import Leaf, Plan
 from rhino_jax.trace import Traced
@@ -38,7 +39,7 @@ def followed(traced: Traced, plan: Plan, parent: Options, options: Options) -> P
             pins={**pins, **options.pins},
             mesh=parent.mesh or plan.mesh,
             cluster=options.cluster or parent.cluster,
-            recipe=options.recipe or "data_parallel",
+            recipe=options.recipe,
         ),
     )
 

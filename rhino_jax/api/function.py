@@ -180,7 +180,7 @@ class ParallelFunction:
 
     def _plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
         from rhino_jax.api.following import followed
-        from rhino_jax.api.planned import bind, plan_traced, traced_bare
+        from rhino_jax.api.planning import bind, plan_traced, traced_bare
 
         parent = self._parent
         if parent is not None and parent.plan is None:

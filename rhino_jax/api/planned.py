@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,24 +10,17 @@ from typing import Any
 
 import jax
 
-from rhino_jax import compat
 from rhino_jax.api.activations import activations
 from rhino_jax.api.entry import parted
-from rhino_jax.errors import MeshError, OptionsError, PinError
+from rhino_jax.errors import MeshError
 from rhino_jax.ir.layout import Layout
-from rhino_jax.ir.mesh import TORUS, Mesh
-from rhino_jax.lower.devices import abstract_mesh, as_mesh, check_count, device_mesh
+from rhino_jax.lower.devices import device_mesh
 from rhino_jax.lower.program import as_function, jit_step
 from rhino_jax.lower.program import shardings as named_shardings
-from rhino_jax.options import Options
-from rhino_jax.plan import Plan, make_plan
+from rhino_jax.plan import Plan, Predicted
 from rhino_jax.report.text import plan_text
-from rhino_jax.search.choose import best_recipe, default_meshes, plan_recipe
-from rhino_jax.search.pins import Spec
-from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.subject import Subject
-from rhino_jax.trace import Traced, trace
-from rhino_jax.trace.arguments import leaves_of
+from rhino_jax.trace import Traced
 from rhino_jax.verify.audit import Audit, PlannedCollective, audit
 from rhino_jax.verify.compile_only import compile_lowered
 from rhino_jax.verify.facts import CompiledFacts
@@ -49,6 +41,11 @@ class Planned:
     def __str__(self) -> str:
         inside = activations(self.traced.program, self.plan.assignment)
         return plan_text(self.plan, inside)
+
+    @property
+    def predicted(self) -> Predicted | None:
+        """What the search predicted of one step; None for a recipe's plan."""
+        return self.plan.predicted
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; :func:`rhino_jax.plan` takes it back."""
@@ -204,174 +201,8 @@ def wire_dtype(dtype: str) -> str:
     return "uint8" if dtype == "bool" else dtype
 
 
-def make_planned(
-    fun: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    options: Options,
-) -> Planned:
-    """Trace ``fun`` and plan it."""
-    return plan_traced(traced_bare(fun, args, kwargs, options), options)
-
-
-def traced_bare(
-    fun: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    options: Options,
-) -> Traced:
-    """``fun`` traced on shapes: where the arguments lie now must not matter."""
-    bare = {name: _bare(tree) for name, tree in kwargs.items()}
-    return trace(
-        fun, [_bare(a) for a in args], bare, options.static_argnums, options.donate
-    )
-
-
-def _bare(tree: Any) -> Any:
-    """Arrays as shapes. An argument without any, maybe static, stays what it is."""
-    if not any(isinstance(leaf, jax.Array) for _, leaf in leaves_of(tree)):
-        return tree
-    return jax.tree.map(_shape, tree)
-
-
-def _shape(x: Any) -> Any:
-    if not isinstance(x, jax.Array):
-        return x
-    weak = bool(getattr(x, "weak_type", False))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak)
-
-
-def plan_traced(traced: Traced, options: Options) -> Planned:
-    """The plan of a traced step, by recipe or the best of the recipes.
-
-    Raises:
-        MeshError, ClusterError, PinError, OptionsError: what was asked for can not be.
-    """
-    subject = subject_of(traced)
-    jax_mesh, mesh, count = _where(options)
-    specs = _specs(options.pins)
-    recipe = options.recipe
-    grid = _grid(options, count)
-    if recipe and mesh is None:
-        recipe_named(recipe)
-        mesh = default_meshes(recipe, grid)[-1]
-    link = TORUS if _platform(options) == "tpu" else ""
-    mesh = mesh.linked(link) if mesh is not None else None
-    if recipe:
-        assert mesh is not None
-        placement, assignment = plan_recipe(subject, mesh, recipe, specs)
-        if mesh.num_devices > 1 and not placement.found:
-            raise OptionsError(
-                f"recipe {recipe!r} needs weights that it could split on mesh ({mesh})"
-                f", and {traced.program.name} has none; use another recipe, such as "
-                "'zero3', or leave it out to get the best that applies"
-            )
-    else:
-        recipe, mesh, assignment = best_recipe(subject, mesh, grid, specs, link)
-    plan = make_plan(
-        traced.program,
-        assignment,
-        mesh,
-        traced.input_paths,
-        traced.output_paths,
-        recipe=recipe,
-        lowering=options.lowering,
-        cluster=options.cluster,
-        made_with=(("jax", jax.__version__),),
-    )
-    return Planned(plan, traced, _laid(jax_mesh, mesh, options))
-
-
-def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
-    """A plan from a file bound to a traced step.
-
-    Raises:
-        PlanFileError: it is another program's plan.
-        MeshError: its mesh is not that of the options, the devices or the cluster.
-    """
-    plan.fits(traced.program)
-    jax_mesh, mesh, count = _where(options)
-    if mesh is not None and mesh.shape != plan.mesh.shape:
-        raise MeshError(
-            f"the plan is for mesh ({plan.mesh}), mesh=({mesh}) is asked for; drop "
-            "mesh=, or plan again without the saved plan"
-        )
-    cluster = options.cluster or plan.cluster
-    what = options.cluster or f"this machine ({jax.default_backend()})"
-    if plan.mesh.num_devices != count and (options.cluster or not cluster):
-        raise MeshError(
-            f"the plan is for {plan.mesh.num_devices} devices, mesh ({plan.mesh}), "
-            f"{what} has {count}; plan again for {count}"
-        )
-    options = replace(options, cluster="" if jax_mesh is not None else cluster)
-    return Planned(plan, traced, _laid(jax_mesh, plan.mesh, options))
-
-
 def subject_of(traced: Traced) -> Subject:
     """What the search sees of a traced step."""
     return Subject(
         traced.program, traced.input_paths, traced.output_paths, traced.state_pairs
     )
-
-
-def _platform(options: Options) -> str:
-    if options.cluster:
-        return parse_target(options.cluster).platform
-    given = options.mesh
-    if isinstance(given, jax.sharding.Mesh):
-        return str(given.devices.flat[0].platform)
-    return jax.default_backend()
-
-
-def _where(options: Options) -> tuple[Any, Mesh | None, int]:
-    """The user's JAX mesh if one was given, the mesh if fixed, the device count."""
-    given = options.mesh
-    mesh = None if given is None else as_mesh(given)
-    if options.cluster:
-        count = parse_target(options.cluster).device_count
-        what = options.cluster
-    elif isinstance(given, jax.sharding.Mesh):
-        return given, mesh, given.size
-    else:
-        count, what = len(jax.devices()), f"this machine ({jax.devices()[0].platform})"
-    if mesh is not None:
-        check_count(mesh, count, what)
-    return None, mesh, count
-
-
-def _laid(jax_mesh: Any, mesh: Mesh, options: Options) -> Any:
-    if not mesh.axes:
-        return None
-    if options.cluster:
-        return abstract_mesh(mesh)
-    if jax_mesh is not None:
-        return jax.sharding.Mesh(jax_mesh.devices, jax_mesh.axis_names)
-    return device_mesh(mesh)
-
-
-def _grid(options: Options, count: int) -> tuple[int, ...]:
-    """How the devices are linked: a TPU's torus, or all in a row."""
-    if options.cluster:
-        target = parse_target(options.cluster)
-        sides = target.text.partition(":")[2].split("x")
-        if target.platform == "tpu" and all(side.isdigit() for side in sides):
-            found = tuple(int(side) for side in sides if int(side) > 1)
-            if math.prod(found) == count:
-                return found or (1,)
-    return (count,)
-
-
-def _specs(pins: Mapping[str, Any]) -> dict[str, Spec]:
-    wrong = []
-    found = {}
-    for key, spec in pins.items():
-        try:
-            found[str(key)] = compat.partitions(spec)
-        except TypeError:
-            wrong.append(f"{key!r}: {spec!r}")
-    if wrong:
-        raise PinError(
-            "pins must be PartitionSpecs (or tuples of axis names); not so: "
-            + "; ".join(wrong)
-        )
-    return found

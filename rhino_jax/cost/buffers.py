@@ -5,120 +5,52 @@ every step of every move. A *buffer* is one version of a value (a value and its 
 copy are two). What only renames memory (a reshape, a transpose: compilers choose the
 layout so that it costs nothing) makes no buffer of its own. Bodies of remat are
 unfolded in place; a body of a loop or branch is unfolded once, beside its instruction.
+So are the ops that run for every microbatch: their loop's carries are the accumulators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 
-from rhino_jax.cost.reshard import local_bytes
-from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
-from rhino_jax.ir.factors import PARALLEL, POSITIONAL, REDUCTION, Rule
-from rhino_jax.ir.layout import Layout
-from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.program import Op, Program, Where
-from rhino_jax.ir.steps import ALL_REDUCE, EMBED, MASK, SLICE, Move, Step
-
-RuleOf = Callable[[Program, Op], Rule]
-
-FUSED, REDUCING, OPAQUE = "fused", "reducing", "opaque"
-"""Roles. Compilers make a *fused* instruction part of those that read it; a *reducing*
-one swallows what it reads but writes its result; an *opaque* one reads and writes."""
-
-RENAMING = frozenset(("reshape", "squeeze", "transpose", "expand_dims", "copy_p"))
-_RESIZING = frozenset(("broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min"))
-"""These rename too where they neither add nor drop anything but dimensions of 1."""
-BARRIER = "optimization_barrier"
-STORE, TAKE = "store", "take"
-"""A body's slice written to a stacked output, and read from a stacked input."""
-
-_ROLES: Mapping[str, str] = {
-    **dict.fromkeys((SLICE, MASK, EMBED, STORE, TAKE), FUSED),
-    **dict.fromkeys(
-        "slice pad concatenate rev tile stack unstack split gather dynamic_slice "
-        "select_n iota broadcast_in_dim".split(),
-        FUSED,
-    ),
-    **dict.fromkeys(("argmax", "argmin", "reduce_prod", "reduce"), REDUCING),
-    # Elementwise by their rules, but drawn by kernels of their own.
-    **dict.fromkeys(
-        "random_bits random_split random_seed random_fold_in threefry2x32 "
-        "rng_bit_generator rng_uniform".split(),
-        OPAQUE,
-    ),
-    **dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot"), OPAQUE),
-}
-PARTIAL_READERS = frozenset(
-    (SLICE, TAKE, "slice", "gather", "dynamic_slice", "split", "unstack")
+from rhino_jax.cost.instructions import (
+    ACCUMULATE,
+    BARRIER,
+    FUSED,
+    OPAQUE,
+    OVERWRITES,
+    PARTIAL_READERS,
+    REDUCING,
+    RENAMING,
+    RESIZING,
+    ROLES,
+    STORE,
+    TAKE,
+    Buffer,
+    Instruction,
+    RuleOf,
+    Unfolded,
+    role_of,
 )
-"""These read no more of an operand than they make."""
+from rhino_jax.cost.reshard import local_bytes
+from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.mesh import TIME, Mesh
+from rhino_jax.ir.program import Op, Program, Value, itemsize
+from rhino_jax.ir.steps import Move
 
-_OVERWRITES = frozenset((ALL_REDUCE, "dynamic_update_slice"))
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """One version of a value on one device."""
-
-    value: int
-    num_bytes: int
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One op on its shard, or one step of a move.
-
-    ``reads`` and ``writes`` are numbers of buffers. ``bodies`` run ``trips`` times;
-    of several (branches) one. ``overwrites`` are pairs (read, written) that may be one
-    memory if what is read is not needed afterwards.
-    """
-
-    kind: str
-    role: str
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    program: Program
-    index: int
-    op: Op | None = None
-    plan: OpPlan = field(default=OpPlan(), repr=False)
-    rule: Rule | None = field(default=None, repr=False)
-    step: Step | None = None
-    bodies: tuple[Unfolded, ...] = field(default=(), repr=False)
-    trips: int = 1
-    overwrites: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def where(self) -> Where:
-        return self.op.where if self.op else Where()
-
-
-@dataclass(frozen=True)
-class Unfolded:
-    """Buffers and instructions of one Program, its inputs' and outputs' buffers.
-
-    ``same``: pairs (input, output) of positions that are one memory, one after the
-    other: a loop's carries, donated inputs.
-    """
-
-    buffers: tuple[Buffer, ...]
-    instructions: tuple[Instruction, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    same: tuple[tuple[int, int], ...] = ()
-    pinned: tuple[int, ...] = ()
-    """Buffers that a barrier reads: they are written, whatever reads them."""
-
-    @cached_property
-    def readers(self) -> tuple[tuple[int, ...], ...]:
-        """Buffer -> the instructions that read it."""
-        found: list[list[int]] = [[] for _ in self.buffers]
-        for index, instruction in enumerate(self.instructions):
-            for buffer in dict.fromkeys(instruction.reads):
-                found[buffer].append(index)
-        return tuple(map(tuple, found))
+__all__ = [
+    "ACCUMULATE",
+    "FUSED",
+    "OPAQUE",
+    "PARTIAL_READERS",
+    "REDUCING",
+    "Buffer",
+    "Instruction",
+    "RuleOf",
+    "Unfolded",
+    "unfold",
+]
 
 
 def unfold(
@@ -133,7 +65,7 @@ def unfold(
     ``donated`` are positions of inputs whose memory an output of the same shape, dtype
     and layout takes over.
     """
-    work = _Unfolding(mesh, rule_of)
+    work = _Unfolding(assignment.over(mesh), rule_of)
     frame = work.enter(program, assignment)
     inputs = tuple(
         frame.put(v, layout)
@@ -219,18 +151,28 @@ class _Unfolding:
     def emit(self, instruction: Instruction) -> None:
         self.instructions.append(instruction)
 
-    def run(self, frame: _Frame, assignment: Assignment) -> tuple[int, ...]:
-        program = frame.program
-        outermost = self.outer is None
-        for index, (op, plan) in enumerate(
-            zip(program.ops, assignment.ops, strict=True)
-        ):
+    def ops(
+        self, frame: _Frame, assignment: Assignment, indices: Iterable[int]
+    ) -> None:
+        for index in indices:
+            op, plan = frame.program.ops[index], assignment.ops[index]
             place = index if self.outer is None else self.outer
             for move in plan.before:
                 self.move(frame, move, place, op)
             self.op(frame, op, plan, place)
             for move in plan.after:
                 self.move(frame, move, place, op)
+
+    def run(self, frame: _Frame, assignment: Assignment) -> tuple[int, ...]:
+        program, loop = frame.program, assignment.loop
+        outermost = self.outer is None
+        if loop:
+            before, _, after = phases(program, loop.ops)
+            self.ops(frame, assignment, before)
+            self.accumulate(frame, assignment, loop)
+            self.ops(frame, assignment, after)
+        else:
+            self.ops(frame, assignment, range(len(program.ops)))
         end = len(program.ops) if outermost else self.outer or 0
         for move in assignment.final:
             made = program.producer.get(move.value)
@@ -240,14 +182,85 @@ class _Unfolding:
             for v, layout in zip(program.outputs, assignment.outputs, strict=True)
         )
 
+    def accumulate(self, frame: _Frame, assignment: Assignment, loop: Loop) -> None:
+        """The loop over microbatches, and the moves with which values leave it."""
+        program, place = frame.program, loop.ops[0]
+        leaving = [m for m in loop.leave if TIME in m.source.axes or not m.steps]
+        sums = [m for m in leaving if m.source.operator(TIME)]
+        body, used = _turn(self, frame, assignment, loop, leaving)
+        reads = [
+            frame.versions[v][layout]
+            for at, (v, layout) in zip(body.inputs, used, strict=False)
+            if body.readers[at] or at in body.outputs
+        ]
+        pairs = []
+        for move in leaving:
+            made = self.total(program, move, loop.trips)
+            if move in sums:
+                start = self.total(program, move, loop.trips)
+                self.emit(
+                    Instruction("broadcast_in_dim", FUSED, (), (start,), program, place)
+                )
+                pairs.append((start, made))
+            frame.put(move.value, move.target, made)
+        starts = tuple(start for start, _ in pairs)
+        self.emit(
+            Instruction(
+                ACCUMULATE,
+                OPAQUE,
+                tuple(dict.fromkeys((*reads, *starts))),
+                tuple(frame.versions[m.value][m.target] for m in leaving),
+                program,
+                place,
+                bodies=(body,),
+                trips=loop.trips,
+                overwrites=tuple(pairs),
+            )
+        )
+        for move in leaving:
+            self.narrow(frame, move, place)
+        for move in loop.leave:
+            if move not in leaving:
+                made_by = program.ops[program.producer[move.value]]
+                self.move(frame, move, place, made_by)
+
+    def total(self, program: Program, move: Move, trips: int) -> int:
+        """A buffer for what the loop gives: an accumulator, or all turns' rows."""
+        value = program.values[move.value]
+        if move.source.operator(TIME):
+            dtype = accumulator_dtype(value)
+            size = local_bytes(value.shape, dtype, move.source, self.mesh)
+        else:
+            size = trips * local_bytes(value.shape, value.dtype, move.source, self.mesh)
+        self.buffers.append(Buffer(move.value, size, value.name or f"%{move.value}"))
+        return len(self.buffers) - 1
+
+    def narrow(self, frame: _Frame, move: Move, place: int) -> None:
+        """A total in the value's own dtype again."""
+        value = frame.program.values[move.value]
+        if move.source.operator(TIME) and accumulator_dtype(value) != value.dtype:
+            total = frame.get(move.value, move.target)
+            own = self.new(frame.program, move.value, move.target)
+            self.emit(
+                Instruction(
+                    "convert_element_type",
+                    FUSED,
+                    (total,),
+                    (own,),
+                    frame.program,
+                    place,
+                )
+            )
+            frame.put(move.value, move.target, own)
+
     def move(self, frame: _Frame, move: Move, place: int, op: Op | None) -> None:
         now = frame.get(move.value, move.source)
         if move.again:
             self.pinned[now] = None
         for step in move.steps:
             after = self.new(frame.program, move.value, step.target)
-            role = _ROLES.get(step.kind, OPAQUE)
-            pairs = ((now, after),) if step.kind in _OVERWRITES else ()
+            role = ROLES.get(step.kind, OPAQUE)
+            pairs = ((now, after),) if step.kind in OVERWRITES else ()
             self.emit(
                 Instruction(
                     step.kind,
@@ -361,11 +374,71 @@ class _Unfolding:
         )
 
 
+def accumulator_dtype(value: Value) -> str:
+    """In which dtype terms of ``value`` are added up over microbatches.
+
+    >>> accumulator_dtype(Value((), "bfloat16")), accumulator_dtype(Value((), "int8"))
+    ('float32', 'int8')
+    """
+    floating = value.dtype.startswith(("float", "bfloat"))
+    return "float32" if floating and itemsize(value.dtype) < 4 else value.dtype
+
+
+def _turn(
+    outer: _Unfolding,
+    frame: _Frame,
+    assignment: Assignment,
+    loop: Loop,
+    leaving: list[Move],
+) -> tuple[Unfolded, list[tuple[int, Layout]]]:
+    """One turn of the accumulation loop, and the versions at hand outside.
+
+    Its inputs are those versions, then the accumulators; these are its outputs too.
+    """
+    program = frame.program
+    work = _Unfolding(outer.mesh, outer.rule_of)
+    inside = work.enter(program, assignment)
+    given = [(v, layout) for v, held in frame.versions.items() for layout in held]
+    inputs = [inside.put(v, layout) for v, layout in given]
+    work.ops(inside, assignment, loop.ops)
+    outputs, stacked = [], []
+    for move in leaving:
+        term = inside.get(move.value, move.source)
+        if not move.source.operator(TIME):
+            stacked.append(term)
+            continue
+        held, added = (work.total(program, move, loop.trips) for _ in range(2))
+        inputs.append(held)
+        outputs.append(added)
+        work.emit(
+            Instruction(
+                "add",
+                FUSED,
+                (held, term),
+                (added,),
+                program,
+                program.producer[move.value],
+            )
+        )
+    instructions = _with_stores(work.instructions, tuple(stacked), program)
+    first = len(given)
+    same = tuple((first + i, i) for i in range(len(outputs)))
+    body = Unfolded(
+        tuple(work.buffers),
+        instructions,
+        tuple(inputs),
+        tuple(outputs),
+        same,
+        tuple(work.pinned),
+    )
+    return body, given
+
+
 def _renames(program: Program, op: Op) -> bool:
     """Whether the result is the first operand's memory under another shape."""
     if op.kind in RENAMING:
         return True
-    if op.kind not in _RESIZING or not program.values[op.operands[0]].shape:
+    if op.kind not in RESIZING or not program.values[op.operands[0]].shape:
         return False
     (read, *_), (made,) = program.operand_values(op), program.result_values(op)
     return read.size == made.size
@@ -409,27 +482,8 @@ def _overwrites(
     elif op.kind == "while":
         first = op.param["cond_nconsts"] + op.param["body_nconsts"]
         count = len(writes)
-    elif op.kind in _OVERWRITES or op.kind.startswith("scatter"):
+    elif op.kind in OVERWRITES or op.kind.startswith("scatter"):
         first, count = 0, 1
     else:
         return ()
     return tuple(zip(reads[first : first + count], writes[:count], strict=True))
-
-
-def role_of(op: Op, rule: Rule) -> str:
-    """Whether compilers fuse ``op``: by the table, else by what its rule says.
-
-    An op without reductions whose operands' factors all stand in its results works
-    element by element.
-    """
-    known = _ROLES.get(op.kind)
-    if known:
-        return known
-    kinds = {factor.kind for factor in rule.factors}
-    if op.kind.startswith("reduce_") and not op.kind.startswith("reduce_window"):
-        return FUSED if op.kind == "reduce_precision" else REDUCING
-    if kinds <= {PARALLEL, POSITIONAL} and len(rule.results) == 1:
-        made = {name for dim in rule.results[0] for name in dim}
-        read = {name for dims in rule.operands for dim in dims for name in dim}
-        return FUSED if read <= made else OPAQUE
-    return REDUCING if kinds == {REDUCTION} else OPAQUE

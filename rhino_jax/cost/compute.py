@@ -20,9 +20,9 @@ from rhino_jax.cost.buffers import PARTIAL_READERS, Instruction, Unfolded
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.ir.factors import Choice, Rule, layouts
-from rhino_jax.ir.layout import Layout, local_size
+from rhino_jax.ir.layout import local_size
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.program import Op, Program, Value
 
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 CONVOLUTION = "conv_general_dilated"
@@ -85,29 +85,56 @@ def op_work(
     device: Device,
     unwritten: Collection[int] = (),
 ) -> Work:
-    """The work of one op under one choice, for a search.
+    """The work of one op under one choice.
 
     ``unwritten`` are values that are fused away: they cost no bytes.
     """
-    wanted, given = layouts(rule, choice)
-
-    def size(value: int, layout: Layout) -> int:
-        v = program.values[value]
-        return local_bytes(v.shape, v.dtype, layout, mesh)
-
-    def real(value: int) -> bool:
-        return value not in unwritten and program.values[value].literal is None
-
-    read = dict(zip(op.operands, wanted, strict=True))
-    made = dict(zip(op.results, given, strict=True))
-    num_bytes = _moved(
-        op.kind,
-        [size(v, layout) if real(v) else 0 for v, layout in read.items()],
-        [size(v, layout) if real(v) else 0 for v, layout in made.items()],
-        sum(size(v, layout) for v, layout in made.items()),
+    seen: set[int] = set()
+    fused = []
+    for v in (*op.operands, *op.results):
+        fused.append(v in unwritten or v in seen)
+        seen.add(v)
+    return kernel_work(
+        op,
+        program.operand_values(op),
+        program.result_values(op),
+        rule,
+        choice,
+        mesh,
+        device,
+        tuple(fused),
     )
+
+
+def kernel_work(
+    op: Op,
+    reads: tuple[Value, ...],
+    makes: tuple[Value, ...],
+    rule: Rule,
+    choice: Choice,
+    mesh: Mesh,
+    device: Device,
+    fused: tuple[bool, ...],
+) -> Work:
+    """The work of one op under one choice, given the values it reads and makes.
+
+    ``fused`` says of every operand, then of every result, that it is fused away: it
+    costs no bytes.
+    """
+    wanted, given = layouts(rule, choice)
+    sizes = [
+        local_bytes(v.shape, v.dtype, layout, mesh)
+        for v, layout in zip((*reads, *makes), (*wanted, *given), strict=True)
+    ]
+    real = [
+        0 if gone or v.literal is not None else size
+        for v, gone, size in zip((*reads, *makes), fused, sizes, strict=True)
+    ]
+    count = len(reads)
+    num_bytes = _moved(op.kind, real[:count], real[count:], sum(sizes[count:]))
     flops = op_flops(op, rule, choice, mesh)
-    return _roofline(op.kind, flops, num_bytes, _dtypes(program, op), device)
+    dtypes = tuple(v.dtype for v in reads[:2])
+    return _roofline(op.kind, flops, num_bytes, dtypes, device)
 
 
 def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Work:

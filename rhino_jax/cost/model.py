@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rhino_jax.cluster.topology import Cluster
-from rhino_jax.cost.buffers import RuleOf, Unfolded, unfold
+from rhino_jax.cost.buffers import ACCUMULATE, RuleOf, Unfolded, unfold
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import work_of
 from rhino_jax.cost.fusion import fusion
@@ -86,6 +86,7 @@ def predict(
         rule_of: the look-up of rules (:func:`rhino_jax.rules.rule_of`).
         donated: positions of inputs whose memory outputs may take over.
     """
+    mesh = assignment.over(mesh)
     unfolded = unfold(program, assignment, mesh, rule_of, donated)
     fused = fusion(unfolded)
     work = work_of(unfolded, fused, mesh, cluster.device)
@@ -119,5 +120,6 @@ def _collectives(
                 step_seconds(at.step, mesh, cluster),
                 place,
             )
+        inside = op if at.kind == ACCUMULATE else place
         for body in at.bodies:
-            yield from _collectives(body, mesh, cluster, count * at.trips, place)
+            yield from _collectives(body, mesh, cluster, count * at.trips, inside)

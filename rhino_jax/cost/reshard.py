@@ -18,6 +18,11 @@ of three axes, and the sequence is a shortest path among them. In bytes; among e
 the fewest steps, then the order above (what makes the value smaller comes first).
 Digits of different axes may stand in one another's way: what lies between two steps
 must be a lawful layout.
+
+The time axis crosses no link: its steps cost nothing, take no other axis along and
+come first (terms are accumulated before they are sent). Turns of a loop exchange
+nothing, so over time there are only slices, masks, embeddings, and at the loop's end
+all-reduces (a sum accumulated) and all-gathers (rows put together again).
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from rhino_jax.ir.layout import Layout, Split
-from rhino_jax.ir.mesh import TORUS, Axis, Mesh
+from rhino_jax.ir.mesh import TIME, TORUS, Axis, Mesh
 from rhino_jax.ir.program import itemsize
 from rhino_jax.ir.steps import (
     ALL_GATHER,
@@ -57,6 +62,8 @@ _ORDER = (
     ALL_GATHER,
     EMBED,
 )
+_FIRST = -1
+"""The rank of steps over time."""
 
 Change = tuple[str, tuple[str, ...], Layout]
 """One step to take: its kind, its axes, the layout after it."""
@@ -74,6 +81,9 @@ def route(
     >>> [(s.kind, s.wire_bytes) for s in route((8,), "float32", term, rows, mesh)]
     [('reduce-scatter', 24)]
     """
+    alone = _alone(shape, dtype, source, target, mesh)
+    if alone is not None:
+        return alone
     number = itertools.count()
     # (bytes, steps, kinds in order) decide; the number only keeps layouts uncompared.
     queue: list[tuple[int, int, tuple[int, ...], int, Layout, tuple[Step, ...]]]
@@ -90,10 +100,30 @@ def route(
             if after not in done:
                 more = _wire_bytes(kind, shape, dtype, now, after, mesh, axes)
                 step = Step(kind, axes, now, after, more)
-                rank = (*kinds, _ORDER.index(kind))
+                rank = (*kinds, _FIRST if TIME in axes else _ORDER.index(kind))
                 entry = (sent + more, count + 1, rank, next(number), after)
                 heapq.heappush(queue, (*entry, (*steps, step)))
     raise AssertionError(f"no way from {source} to {target} for {shape} on ({mesh})")
+
+
+def _alone(
+    shape: tuple[int, ...], dtype: str, source: Layout, target: Layout, mesh: Mesh
+) -> tuple[Step, ...] | None:
+    """The one step where a single axis changes; None where it takes a search."""
+    changed = [a for a in mesh.names if _state(source, a) != _state(target, a)]
+    if len(changed) != 1:
+        return None
+    (axis,) = changed
+    if axis == TIME:
+        return None
+    kind = _kind(_state(source, axis), _state(target, axis))
+    if not kind or (kind in (MASK, EMBED) and source.partial):
+        return None
+    axes = (axis,)
+    if kind == ALL_TO_ALL and _overlaps(shape, source, target, axes, mesh):
+        return None
+    sent = _wire_bytes(kind, shape, dtype, source, target, mesh, axes)
+    return (Step(kind, axes, source, target, sent),)
 
 
 def wire_bytes(
@@ -105,6 +135,7 @@ def wire_bytes(
     return sum(s.wire_bytes for s in route(shape, dtype, source, target, mesh))
 
 
+@lru_cache(maxsize=200_000)
 def local_bytes(shape: tuple[int, ...], dtype: str, layout: Layout, mesh: Mesh) -> int:
     """Bytes of one shard, pads included."""
     return math.ceil(math.prod(layout.local_shape(shape, mesh)) * itemsize(dtype))
@@ -120,7 +151,7 @@ def _wire_bytes(
     axes: tuple[str, ...],
 ) -> int:
     size = mesh.group_size(axes)
-    if size == 1:
+    if size == 1 or TIME in axes:
         return 0
     held = local_bytes(shape, dtype, before, mesh)
     share = held * (size - 1) // size
@@ -175,7 +206,7 @@ def _changes(
         state = _state(now, axis)
         for goal in dict.fromkeys((wanted[axis], WHOLE)):
             kind = "" if goal == state else _kind(state, goal)
-            if kind:
+            if kind and not (axis == TIME and kind in (ALL_TO_ALL, REDUCE_SCATTER)):
                 key = kind, _operator(kind, state, goal)
                 alike.setdefault(key, []).append((axis, goal))
     for (kind, operator), single in alike.items():
@@ -210,6 +241,8 @@ def _groups(
     for count in range(1, len(single) + 1):
         for group in itertools.combinations(single, count):
             torus = all(links[axis] == TORUS for axis, _ in group)
+            if count > 1 and any(axis == TIME for axis, _ in group):
+                continue
             if count == 1 or not (torus and kind == REDUCE_SCATTER):
                 yield group
 
@@ -246,7 +279,7 @@ def _swap(now: Layout, target: Layout, mesh: Mesh) -> Change | None:
     """Two axes of one size that take each other's places: one permute."""
     for a in mesh.names:
         for b in mesh.names:
-            if a == b or mesh.size(a) != mesh.size(b):
+            if a == b or mesh.size(a) != mesh.size(b) or TIME in (a, b):
                 continue
             mine, other = _state(now, a), _state(now, b)
             if not isinstance(mine, tuple):

@@ -9,11 +9,13 @@ until the same move is written again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from rhino_jax.ir.depends import backward
 from rhino_jax.ir.factors import Choice, Rule, layouts
 from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.mesh import TIME, Axis, Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.ir.steps import Move
 
@@ -36,23 +38,80 @@ class OpPlan:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """The accumulation loop: some ops of a Program run once for every microbatch.
+
+    ``ops`` are their indices. When the loop ends, the ``leave`` moves bring what is
+    read after it there: over the time axis terms are summed (an all-reduce) and rows
+    put together again (an all-gather), for no bytes; behind that stand moves over
+    other axes. A value that is the same in every turn leaves by a move of no steps.
+    """
+
+    ops: tuple[int, ...]
+    trips: int
+    leave: tuple[Move, ...] = ()
+
+
+@dataclass(frozen=True)
 class Assignment:
     """Layouts of a Program's inputs and outputs, and an :class:`OpPlan` per op.
 
-    ``final`` moves bring the outputs to their layouts.
+    ``final`` moves bring the outputs to their layouts. Where there is a ``loop``, what
+    it needs runs before it, its ops in it, and all else after it (:func:`phases`).
     """
 
     inputs: tuple[Layout, ...]
     outputs: tuple[Layout, ...]
     ops: tuple[OpPlan, ...]
     final: tuple[Move, ...] = ()
+    loop: Loop | None = None
+
+    def over(self, mesh: Mesh) -> Mesh:
+        """``mesh`` and, where there is a loop, the time axis that layouts here name."""
+        if self.loop is None or TIME in mesh.names:
+            return mesh
+        return Mesh((*mesh.axes, Axis(TIME, self.loop.trips)))
 
     def moves(self) -> Iterator[Move]:
         """Every move of this Program in order, nested Programs excluded."""
         for op in self.ops:
             yield from op.before
             yield from op.after
+        if self.loop:
+            yield from self.loop.leave
         yield from self.final
+
+
+def phases(
+    program: Program, loop: Collection[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Op indices before, in and after an accumulation loop of the ops ``loop``.
+
+    Before it stands only what it needs: what it does not need would be held across it.
+    Ops that nothing depends on are in no phase.
+    """
+    inside = set(loop)
+    read = {v for i in inside for v in program.ops[i].operands}
+    before = []
+    for index in reversed(range(len(program.ops))):
+        op = program.ops[index]
+        if index not in inside and not read.isdisjoint(op.results):
+            before.append(index)
+            read.update(op.operands)
+    ahead = set(before)
+    rest = (i for i in sorted(live_ops(program)) if i not in inside | ahead)
+    return tuple(reversed(before)), tuple(sorted(inside)), tuple(rest)
+
+
+def live_ops(program: Program) -> frozenset[int]:
+    """The ops that an output depends on, or that have effects."""
+    seen = (v for op in program.ops if op.effects for v in op.operands)
+    needed = backward(program, (*program.outputs, *seen))
+    return frozenset(
+        i
+        for i, op in enumerate(program.ops)
+        if op.effects or not needed.isdisjoint(op.results)
+    )
 
 
 def boundary(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 TIME = "time"
 TORUS = "torus"
@@ -44,6 +45,18 @@ class Mesh:
 
     axes: tuple[Axis, ...]
 
+    def __hash__(self) -> int:
+        # Meshes are part of many keys: the hash is taken once.
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.axes)
+
+    @cached_property
+    def _sizes(self) -> Mapping[str, int]:
+        return {axis.name: axis.size for axis in self.axes}
+
     def __post_init__(self) -> None:
         names = [axis.name for axis in self.axes]
         assert len(set(names)) == len(names), f"axis names repeat: {names}"
@@ -57,7 +70,7 @@ class Mesh:
         """This mesh with every axis on one kind of link."""
         return Mesh(tuple(Axis(axis.name, axis.size, link) for axis in self.axes))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(axis.name for axis in self.axes)
 
@@ -71,10 +84,9 @@ class Mesh:
         return math.prod(axis.size for axis in self.axes if axis.name != TIME)
 
     def size(self, name: str) -> int:
-        for axis in self.axes:
-            if axis.name == name:
-                return axis.size
-        raise KeyError(f"no axis {name!r} in mesh ({self})")
+        if name not in self._sizes:
+            raise KeyError(f"no axis {name!r} in mesh ({self})")
+        return self._sizes[name]
 
     def group_size(self, names: tuple[str, ...]) -> int:
         """Devices in one group of a collective over ``names``."""

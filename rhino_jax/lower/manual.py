@@ -8,7 +8,7 @@ values are plain local arrays that nobody has summed yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,7 +32,7 @@ Arrays = Sequence[jax.Array]
 
 
 @dataclass
-class _Frame:
+class Frame:
     """The values of one Program while it runs: each in the layouts it is at hand in."""
 
     program: Program
@@ -86,23 +86,43 @@ def run(
     program: Program, assignment: Assignment, mesh: Mesh, args: Arrays
 ) -> list[jax.Array]:
     """Run ``program`` on local shards, inside a ``shard_map`` over ``mesh``."""
-    frame = _Frame(program, mesh, {})
+    assert assignment.loop is None, "microbatches are lower/accumulate's"
+    frame = entered(program, assignment, mesh, args)
+    run_ops(frame, assignment, range(len(program.ops)))
+    return finished(frame, assignment)
+
+
+def entered(
+    program: Program, assignment: Assignment, mesh: Mesh, args: Arrays
+) -> Frame:
+    """A frame with the inputs of ``program`` at hand."""
+    frame = Frame(program, mesh, {})
     for value, layout, array in zip(
         program.inputs, assignment.inputs, args, strict=True
     ):
         frame.put(value, layout, array)
-    for op, plan in zip(program.ops, assignment.ops, strict=True):
+    return frame
+
+
+def run_ops(frame: Frame, assignment: Assignment, indices: Iterable[int]) -> None:
+    """Run some ops, in the order given, each with its moves."""
+    for index in indices:
+        op = frame.program.ops[index]
         with compat.as_written(op.source):
-            _run_op(frame, op, plan)
+            _run_op(frame, op, assignment.ops[index])
+
+
+def finished(frame: Frame, assignment: Assignment) -> list[jax.Array]:
+    """The outputs, once every op has run."""
     for move in assignment.final:
         frame.move(move)
     return [
         frame.get(value, layout)
-        for value, layout in zip(program.outputs, assignment.outputs, strict=True)
+        for value, layout in zip(frame.program.outputs, assignment.outputs, strict=True)
     ]
 
 
-def _run_op(frame: _Frame, op: Op, plan: OpPlan) -> None:
+def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
     program = frame.program
     for move in plan.before:
         frame.move(move, op.operands)

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rhino_jax.errors import OptionsError
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Dim, Layout
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.mesh import TIME, Mesh
 from rhino_jax.ir.program import Program
+from rhino_jax.lower import accumulate, manual
 from rhino_jax.lower.auto import replay
-from rhino_jax.lower.manual import run
 
 
 def partition_spec(layout: Layout) -> PartitionSpec:
@@ -56,15 +57,24 @@ def as_function(
     dtypes than the Program's it raises :class:`SignatureChanged`.
     """
 
+    run = accumulate.run if assignment.loop else manual.run
+    if assignment.loop and lowering == "auto":
+        raise OptionsError(
+            "microbatches are run by the manual lowering; drop lowering='auto', or "
+            "plan without microbatches"
+        )
+
+    wide = assignment.over(mesh)
+
     def local_step(*args: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(run(program, assignment, mesh, args))
+        return tuple(run(program, assignment, wide, args))
 
     if lowering == "auto":
 
         def inner(*args: jax.Array) -> tuple[jax.Array, ...]:
             return tuple(replay(program, assignment, mesh, jax_mesh, args))
 
-    elif mesh.axes:
+    elif _on_devices(mesh):
         inner = jax.shard_map(
             local_step,
             mesh=jax_mesh,
@@ -86,6 +96,11 @@ def as_function(
     return step
 
 
+def _on_devices(mesh: Mesh) -> bool:
+    """Whether there is an axis of devices: the time axis is none."""
+    return any(axis.name != TIME for axis in mesh.axes)
+
+
 def jit_step(
     program: Program,
     assignment: Assignment,
@@ -97,7 +112,7 @@ def jit_step(
     """:func:`as_function`, jitted with its shardings and donated arguments."""
     step = as_function(program, assignment, mesh, jax_mesh, lowering)
     donate = tuple(donated)
-    if not mesh.axes:
+    if not _on_devices(mesh):
         return jax.jit(step, donate_argnums=donate)
     return jax.jit(
         step,

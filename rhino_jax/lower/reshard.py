@@ -10,7 +10,7 @@ reshaped back.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,13 @@ import numpy as np
 from jax import lax
 
 from rhino_jax.ir.layout import Layout, Split, padded_size
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.mesh import TIME, Mesh
 from rhino_jax.ir.steps import (
     ALL_GATHER,
     ALL_REDUCE,
     ALL_TO_ALL,
     EMBED,
+    FREE,
     MASK,
     PERMUTE,
     REDUCE_SCATTER,
@@ -34,6 +35,24 @@ from rhino_jax.ir.steps import (
 
 LANES, TILE = 128, 8 * 128
 """Elements in a row, and in a tile, of a TPU's vector memory."""
+
+
+@dataclass(frozen=True)
+class Here(Mesh):
+    """The mesh during one turn of the accumulation loop: ``turn`` is its int32 number.
+
+    A device learns its index along other axes from JAX, along time from the loop.
+    """
+
+    turn: jax.Array | None = field(default=None, compare=False)
+
+
+def index_along(axis: str, mesh: Mesh) -> jax.Array:
+    """int32 []: where along ``axis`` this device, in this turn, stands."""
+    if axis != TIME:
+        return lax.axis_index(axis)
+    assert isinstance(mesh, Here) and mesh.turn is not None, "time stands still here"
+    return mesh.turn
 
 
 def run_move(x: jax.Array, shape: tuple[int, ...], move: Move, mesh: Mesh) -> jax.Array:
@@ -47,6 +66,7 @@ def run_step(x: jax.Array, shape: tuple[int, ...], step: Step, mesh: Mesh) -> ja
     """``x`` after one step."""
     if mesh.group_size(step.axes) == 1 and step.kind != PERMUTE:
         return x
+    assert TIME not in step.axes or step.kind in FREE, f"{step.kind} between turns"
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         impl = jax.random.key_impl(x)
         words = jax.random.key_data(x)
@@ -97,7 +117,7 @@ def _mask(x: jax.Array, shape: tuple[int, ...], step: Step, mesh: Mesh) -> jax.A
     """Keep the value on the first shard; elsewhere the neutral element."""
     first = jnp.bool_(True)
     for axis in step.axes:
-        first &= lax.axis_index(axis) == 0
+        first &= index_along(axis, mesh) == 0
     operator = step.target.operator(step.axes[0])
     assert operator is not None
     return jnp.where(first, x, neutral(operator, x.dtype))
@@ -212,7 +232,7 @@ def _slice(x: jax.Array, shape: tuple[int, ...], step: Step, mesh: Mesh) -> jax.
     pieces = _pieces(shape, step, mesh)
     x, _ = _expose(_padded(x, shape, step, mesh), pieces, step.axes)
     for axis in step.axes:
-        x = lax.dynamic_index_in_dim(x, lax.axis_index(axis), 0, keepdims=False)
+        x = lax.dynamic_index_in_dim(x, index_along(axis, mesh), 0, keepdims=False)
     return _restore(x, pieces, (), shape)
 
 
@@ -249,6 +269,25 @@ def _all_gather(
     return _cut(_restore(x, pieces, step.axes, shape), shape, step, mesh)
 
 
+def put_together(
+    turns: jax.Array, shape: tuple[int, ...], step: Step, mesh: Mesh
+) -> jax.Array:
+    """The all-gather over time: [turns, *shard] of every turn's rows as one shard."""
+    if jnp.issubdtype(turns.dtype, jax.dtypes.prng_key):
+        impl = jax.random.key_impl(turns)
+        words = jax.random.key_data(turns)
+        extra = words.ndim - turns.ndim
+        wide = _with_key_words(step, extra)
+        tail = (*shape, *words.shape[turns.ndim :])
+        moved = put_together(words, tail, wide, mesh)
+        return jax.random.wrap_key_data(moved, impl=impl)
+    assert step.kind == ALL_GATHER and step.axes == (TIME,), step
+    pieces = _pieces(shape, step, mesh)
+    flat = [p.size for dim in pieces for p in dim if p.before]
+    x = turns.reshape(turns.shape[0], *flat)
+    return _cut(_restore(x, pieces, step.axes, shape), shape, step, mesh)
+
+
 def _all_to_all(
     x: jax.Array, shape: tuple[int, ...], step: Step, mesh: Mesh
 ) -> jax.Array:
@@ -269,7 +308,7 @@ def _embed(x: jax.Array, shape: tuple[int, ...], step: Step, mesh: Mesh) -> jax.
     fill = neutral(operator, x.dtype)
     for axis in reversed(step.axes):
         wide = jnp.full((mesh.size(axis), *x.shape), fill, x.dtype)
-        x = lax.dynamic_update_index_in_dim(wide, x, lax.axis_index(axis), 0)
+        x = lax.dynamic_update_index_in_dim(wide, x, index_along(axis, mesh), 0)
     return _cut(_restore(x, pieces, step.axes, shape), shape, step, mesh)
 
 

@@ -1,17 +1,13 @@
-"""The best of the recipes: the one whose plan sends the fewest bytes.
-
-This stands in for the search: no price but bytes, no memory limit.
-"""
+"""A recipe as a whole plan, with the user's pins, and the meshes it runs on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from rhino_jax.errors import OptionsError
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.plan import collectives
 from rhino_jax.search.pins import Spec, pinned
 from rhino_jax.search.recipes import (
     RECIPES,
@@ -44,36 +40,6 @@ def plan_recipe(
     return placement, completed(placement, subject, mesh, named)
 
 
-def best_recipe(
-    subject: Subject,
-    mesh: Mesh | None,
-    grid: tuple[int, ...],
-    pins: Mapping[str, Spec],
-    link: str = "",
-) -> tuple[str, Mesh, Assignment]:
-    """Of all recipes (and meshes, where none is given) the plan that sends least.
-
-    ``grid`` is how the devices are linked: ``(8,)``, or a torus's ``(4, 4)``.
-    """
-    best: tuple[int, int] | None = None
-    answer: tuple[str, Mesh, Assignment] | None = None
-    for rank, (name, shape) in enumerate(_candidates(mesh, grid)):
-        tried = shape.linked(link)
-        recipe = RECIPES[name]
-        if len([a for a in tried.axes if a.size > 1]) < recipe.least_axes:
-            continue
-        placement = place(recipe, subject, tried)
-        if not placement.found:
-            continue
-        placement, named = pinned(placement, subject, tried, pins)
-        assignment = completed(placement, subject, tried, named)
-        sent = sum(c.total_bytes for c in collectives(subject.program, assignment))
-        if best is None or (sent, rank) < best:
-            best, answer = (sent, rank), (name, tried, assignment)
-    assert answer is not None, "data parallelism always applies"
-    return answer
-
-
 def default_meshes(recipe: str, grid: tuple[int, ...]) -> tuple[Mesh, ...]:
     """Meshes to try for a recipe where the user names none.
 
@@ -100,9 +66,3 @@ def default_meshes(recipe: str, grid: tuple[int, ...]) -> tuple[Mesh, ...]:
     return tuple(Mesh.of(data=count // n, tensor=n) for n in widths) or (
         Mesh.of(data=1, tensor=count),
     )
-
-
-def _candidates(mesh: Mesh | None, grid: tuple[int, ...]) -> Iterator[tuple[str, Mesh]]:
-    for name in RECIPES:
-        for tried in (mesh,) if mesh is not None else default_meshes(name, grid):
-            yield name, tried

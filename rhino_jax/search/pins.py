@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rhino_jax.errors import PinError, nearest, problems
 from rhino_jax.ir.layout import Layout, contiguous
@@ -69,18 +69,27 @@ def names_in(program: Program) -> frozenset[str]:
     return frozenset(op.param["name"] for _, op in program.walk() if op.kind == "name")
 
 
-def pinned(
-    placement: Placement, subject: Subject, mesh: Mesh, pins: Mapping[str, Spec]
-) -> tuple[Placement, Mapping[str, Spec]]:
-    """``placement`` with pins in place, and the pins of named interior values.
+@dataclass(frozen=True)
+class Pinned:
+    """Pins found to fit: layouts of inputs by position, specs of named values.
 
-    A parameter's pin holds for its optimizer state too, unless that is pinned itself.
+    ``asked`` are the inputs that a pin means itself; the others follow one (a
+    parameter's pin holds for its optimizer state too, unless that is pinned itself).
+    """
+
+    inputs: Mapping[int, Layout]
+    named: Mapping[str, Spec]
+    asked: frozenset[int] = frozenset()
+
+
+def checked_pins(subject: Subject, mesh: Mesh, pins: Mapping[str, Spec]) -> Pinned:
+    """What ``pins`` mean for ``subject``.
 
     Raises:
         PinError: unknown paths (nearest names), specs that do not divide; all at once.
     """
     paths = {path: i for i, path in enumerate(subject.input_paths)}
-    names = names_in(subject.program)
+    names = names_in(subject.program) if pins else frozenset()
     found: list[str] = []
     direct: dict[int, Layout] = {}
     inner: dict[str, Spec] = {}
@@ -98,21 +107,31 @@ def pinned(
             found.append(_unknown(key, (*paths, *names)))
     if found:
         raise PinError(problems("pins that do not fit:", found, NEXT_STEP))
+    layouts = {i: direct[k] for i in subject.pairs if (k := subject.kin[i]) in direct}
+    return Pinned({**layouts, **direct}, inner, frozenset(direct))
+
+
+def pinned(
+    placement: Placement, subject: Subject, mesh: Mesh, pins: Mapping[str, Spec]
+) -> tuple[Placement, Mapping[str, Spec]]:
+    """``placement`` with pins in place, and the pins of named interior values.
+
+    Raises:
+        PinError: unknown paths (nearest names), specs that do not divide; all at once.
+    """
+    found = checked_pins(subject, mesh, pins)
     layouts = list(placement.inputs)
     keep = dict(placement.keep)
-    for i in subject.pairs:
-        leader = subject.kin[i]
-        if leader in direct:
-            layouts[i] = direct[leader]
-            keep[i] = frozenset(direct[leader].axes)
-    for i, layout in direct.items():
+    for i, layout in found.inputs.items():
         layouts[i] = layout
         if i in subject.pairs:
-            keep[i] = frozenset(layout.axes) - set(placement.data_axes)
+            direct = i in found.asked
+            data = set(placement.data_axes) if direct else set()
+            keep[i] = frozenset(layout.axes) - data
     used = {
         i: x for i, x in placement.used.items() if layouts[i] == placement.inputs[i]
     }
-    return replace(placement, inputs=tuple(layouts), keep=keep, used=used), inner
+    return replace(placement, inputs=tuple(layouts), keep=keep, used=used), found.named
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:

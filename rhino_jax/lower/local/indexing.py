@@ -20,6 +20,7 @@ from rhino_jax.ir.factors import INDEXED
 from rhino_jax.ir.layout import Dim
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.lower.local.shard import LocalFn, Shard
+from rhino_jax.lower.reshard import index_along
 from rhino_jax.rules.indexing import SCATTERS, Numbers, slice_sizes
 
 _FILL = lax.GatherScatterMode.FILL_OR_DROP
@@ -41,7 +42,7 @@ def locate(
         span = split.stride * mesh.size(split.axis)
         position = position * (high // span) + rest // span
         rest = rest % span
-        here = lax.axis_index(split.axis).astype(index.dtype)
+        here = index_along(split.axis, mesh).astype(index.dtype)
         mine &= rest // split.stride == here
         rest, high = rest % split.stride, split.stride
     return position * high + rest, mine
@@ -139,7 +140,7 @@ def _first(shard: Shard, lookups: Mapping[int, str]) -> jax.Array:
     first = jnp.bool_(True)
     for factor in lookups.values():
         for split in shard.choice.on(factor):
-            first &= lax.axis_index(split.axis) == 0
+            first &= index_along(split.axis, shard.mesh) == 0
     return first
 
 

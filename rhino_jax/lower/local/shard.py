@@ -8,13 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from rhino_jax import compat
 from rhino_jax.ir.factors import Choice, Rule, layouts
 from rhino_jax.ir.layout import Layout, local_size, padded_size
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Value
+from rhino_jax.lower.reshard import index_along
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def global_index(size: int, digits: Any, mesh: Mesh) -> jax.Array:
     for split in digits:
         span = split.stride * mesh.size(split.axis)
         above = jnp.arange(high // span, dtype=jnp.int32) * span
-        here = lax.axis_index(split.axis).astype(jnp.int32) * split.stride
+        here = index_along(split.axis, mesh).astype(jnp.int32) * split.stride
         index = (index[:, None] + (above + here)[None, :]).reshape(-1)
         high = split.stride
     low = jnp.arange(high, dtype=jnp.int32)

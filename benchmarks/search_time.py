@@ -1,0 +1,99 @@
+"""How long a search takes, and that it does not grow with depth.
+
+Plans an unrolled GPT (hidden 2048: 1.3B parameters at 24 layers) for two hosts of eight
+H100 from shapes alone, at both levels, and again with four times the layers. Tracing
+and reading the program are timed apart. ``python benchmarks/search_time.py --help``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.models import build
+from rhino_jax.api.planned import subject_of
+from rhino_jax.api.planning import MARGIN, traced_bare
+from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.options import make_options
+from rhino_jax.search.auto import Wish, plan_search
+from rhino_jax.search.meshes import candidate_meshes
+
+GOAL_SECONDS = {1: 5.0, 2: 20.0}
+GOAL_GROWTH = 1.5
+
+
+def measured(
+    model: str, depth: int, cluster_name: str, levels: tuple[int, ...]
+) -> dict[str, Any]:
+    """Seconds to trace, and to search at each level; what was found."""
+    made = build(model, size="large", depth=depth)
+    began = time.perf_counter()
+    traced = traced_bare(
+        made.train_step, (made.state_shapes, made.batch_shapes), {}, make_options()
+    )
+    row: dict[str, Any] = {
+        "depth": depth,
+        "ops": len(traced.program.ops),
+        "trace_seconds": time.perf_counter() - began,
+    }
+    cluster = parse_cluster(cluster_name)
+    for level in levels:
+        wish = Wish(
+            cluster,
+            candidate_meshes(cluster, level),
+            int(cluster.device.memory_bytes * MARGIN),
+            level,
+            donated=traced.donated,
+        )
+        began = time.perf_counter()
+        found = plan_search(subject_of(traced), wish)
+        row[f"level_{level}_seconds"] = time.perf_counter() - began
+        row[f"level_{level}_reading"] = found.reading_seconds
+        row[f"level_{level}_plan"] = str(found.best)
+    return row
+
+
+@click.command()
+@click.option("--model", default="gpt_unrolled", show_default=True)
+@click.option("--cluster", default="h100:2x8", show_default=True)
+@click.option("--depths", default="24,96", show_default=True)
+@click.option("--levels", default="1,2", show_default=True)
+def main(model: str, cluster: str, depths: str, levels: str) -> None:
+    """Print seconds by depth and level; exit 1 where a goal is missed."""
+    wanted = tuple(int(level) for level in levels.split(","))
+    rows = [measured(model, int(d), cluster, wanted) for d in depths.split(",")]
+    table = Table(title=f"{model} on {cluster}", box=None)
+    for heading in ("layers", "ops", "trace s", "level", "read s", "search s", "plan"):
+        table.add_column(heading)
+    missed = []
+    for level in wanted:
+        alone = []
+        for row in rows:
+            read, total = row[f"level_{level}_reading"], row[f"level_{level}_seconds"]
+            alone.append(total - read)
+            table.add_row(
+                str(row["depth"]),
+                str(row["ops"]),
+                f"{row['trace_seconds']:.1f}",
+                str(level),
+                f"{read:.2f}",
+                f"{total - read:.2f}",
+                row[f"level_{level}_plan"],
+            )
+        if rows[0][f"level_{level}_seconds"] > GOAL_SECONDS[level]:
+            missed.append(f"level {level}: over {GOAL_SECONDS[level]} s")
+        if len(alone) > 1 and alone[-1] > GOAL_GROWTH * alone[0]:
+            missed.append(f"level {level}: grows {alone[-1] / alone[0]:.2f} times")
+    console = Console(width=140)
+    console.print(table)
+    for what in missed:
+        console.print(f"missed: {what}")
+    raise SystemExit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The attached devices as a Cluster: what a plan for this machine is priced with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rhino_jax.cluster.hardware import catalogue_name
+from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cluster.topology import Cluster
+from rhino_jax.errors import ClusterError
+
+
+def attached_cluster(devices: Sequence[Any]) -> Cluster:
+    """The cluster that ``devices`` (of ``jax.devices()``) are.
+
+    Raises:
+        ClusterError: devices that the catalogue does not know, or uneven hosts.
+    """
+    first = devices[0]
+    if first.platform == "cpu":
+        return parse_cluster(f"cpu:{len(devices)}")
+    name = catalogue_name(first.device_kind, getattr(first, "num_cores", 1) or 1)
+    if name is None:
+        raise ClusterError(
+            f"{first.device_kind!r} is not in the catalogue of devices; say what to "
+            'plan for, such as cluster="h100:1x8" (the nearest device you know)'
+        )
+    if first.platform == "tpu":
+        return parse_cluster(f"{name}:{_torus(devices)}")
+    hosts = Counter(device.process_index for device in devices)
+    if len(set(hosts.values())) > 1:
+        raise ClusterError(
+            f"hosts with different numbers of devices: {sorted(hosts.values())}; "
+            "use as many of each"
+        )
+    return parse_cluster(f"{name}:{len(hosts)}x{len(devices) // len(hosts)}")
+
+
+def _torus(devices: Sequence[Any]) -> str:
+    """The sides of the torus, and the slices, as a cluster is written.
+
+    A number of chips that fills no box is written as a row.
+    """
+    coords = [tuple(device.coords) for device in devices]
+    sides = [max(c[k] for c in coords) + 1 for k in range(len(coords[0]))]
+    while len(sides) > 2 and sides[-1] == 1 and "lite" in devices[0].device_kind:
+        sides.pop()
+    slices = len({getattr(device, "slice_index", 0) or 0 for device in devices})
+    text = "x".join(map(str, sides))
+    return f"{text}x{slices}slices" if slices > 1 else text

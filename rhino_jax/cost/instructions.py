@@ -1,0 +1,135 @@
+"""What one device carries out: buffers, and instructions that read and write them.
+
+And which of these instructions compilers make part of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rhino_jax.ir.assignment import OpPlan
+from rhino_jax.ir.factors import PARALLEL, POSITIONAL, REDUCTION, Rule
+from rhino_jax.ir.program import Op, Program, Where
+from rhino_jax.ir.steps import ALL_REDUCE, EMBED, MASK, SLICE, Step
+
+RuleOf = Callable[[Program, Op], Rule]
+
+FUSED, REDUCING, OPAQUE = "fused", "reducing", "opaque"
+"""Roles. Compilers make a *fused* instruction part of those that read it; a *reducing*
+one swallows what it reads but writes its result; an *opaque* one reads and writes."""
+
+RENAMING = frozenset(("reshape", "squeeze", "transpose", "expand_dims", "copy_p"))
+RESIZING = frozenset(("broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min"))
+"""These rename too where they neither add nor drop anything but dimensions of 1."""
+BARRIER = "optimization_barrier"
+STORE, TAKE = "store", "take"
+"""A body's slice written to a stacked output, and read from a stacked input."""
+ACCUMULATE = "accumulate"
+"""The loop over microbatches; its body's ops are ops of the Program itself."""
+
+ROLES: Mapping[str, str] = {
+    **dict.fromkeys((SLICE, MASK, EMBED, STORE, TAKE), FUSED),
+    **dict.fromkeys(
+        "slice pad concatenate rev tile stack unstack split gather dynamic_slice "
+        "select_n iota broadcast_in_dim".split(),
+        FUSED,
+    ),
+    **dict.fromkeys(("argmax", "argmin", "reduce_prod", "reduce"), REDUCING),
+    # Elementwise by their rules, but drawn by kernels of their own.
+    **dict.fromkeys(
+        "random_bits random_split random_seed random_fold_in threefry2x32 "
+        "rng_bit_generator rng_uniform".split(),
+        OPAQUE,
+    ),
+    **dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot"), OPAQUE),
+}
+PARTIAL_READERS = frozenset(
+    (SLICE, TAKE, "slice", "gather", "dynamic_slice", "split", "unstack")
+)
+"""These read no more of an operand than they make."""
+
+OVERWRITES = frozenset((ALL_REDUCE, "dynamic_update_slice"))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One version of a value on one device."""
+
+    value: int
+    num_bytes: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One op on its shard, or one step of a move.
+
+    ``reads`` and ``writes`` are numbers of buffers. ``bodies`` run ``trips`` times;
+    of several (branches) one. ``overwrites`` are pairs (read, written) that may be one
+    memory if what is read is not needed afterwards.
+    """
+
+    kind: str
+    role: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    program: Program
+    index: int
+    op: Op | None = None
+    plan: OpPlan = field(default=OpPlan(), repr=False)
+    rule: Rule | None = field(default=None, repr=False)
+    step: Step | None = None
+    bodies: tuple[Unfolded, ...] = field(default=(), repr=False)
+    trips: int = 1
+    overwrites: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def where(self) -> Where:
+        return self.op.where if self.op else Where()
+
+
+@dataclass(frozen=True)
+class Unfolded:
+    """Buffers and instructions of one Program, its inputs' and outputs' buffers.
+
+    ``same``: pairs (input, output) of positions that are one memory, one after the
+    other: a loop's carries, donated inputs.
+    """
+
+    buffers: tuple[Buffer, ...]
+    instructions: tuple[Instruction, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    same: tuple[tuple[int, int], ...] = ()
+    pinned: tuple[int, ...] = ()
+    """Buffers that a barrier reads: they are written, whatever reads them."""
+
+    @cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """Buffer -> the instructions that read it."""
+        found: list[list[int]] = [[] for _ in self.buffers]
+        for index, instruction in enumerate(self.instructions):
+            for buffer in dict.fromkeys(instruction.reads):
+                found[buffer].append(index)
+        return tuple(map(tuple, found))
+
+
+def role_of(op: Op, rule: Rule) -> str:
+    """Whether compilers fuse ``op``: by the table, else by what its rule says.
+
+    An op without reductions whose operands' factors all stand in its results works
+    element by element.
+    """
+    known = ROLES.get(op.kind)
+    if known:
+        return known
+    kinds = {factor.kind for factor in rule.factors}
+    if op.kind.startswith("reduce_") and not op.kind.startswith("reduce_window"):
+        return FUSED if op.kind == "reduce_precision" else REDUCING
+    if kinds <= {PARALLEL, POSITIONAL} and len(rule.results) == 1:
+        made = {name for dim in rule.results[0] for name in dim}
+        read = {name for dims in rule.operands for dim in dims for name in dim}
+        return FUSED if read <= made else OPAQUE
+    return REDUCING if kinds == {REDUCTION} else OPAQUE

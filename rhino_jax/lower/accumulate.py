@@ -1,0 +1,104 @@
+"""The accumulation loop: the ops of the loop once for every microbatch.
+
+What the loop needs runs first; then one ``lax.scan`` whose counter is the index along
+the time axis; then the rest. Terms of a sum are added up as the turns go by, narrow
+floating types in float32. Rows that leave the loop are stacked and put together again,
+and of what is the same in every turn the last is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rhino_jax.ir.assignment import Assignment, phases
+from rhino_jax.ir.mesh import TIME, Mesh
+from rhino_jax.ir.program import Program
+from rhino_jax.ir.steps import Move
+from rhino_jax.lower.manual import Frame, entered, finished, run_ops
+from rhino_jax.lower.reshard import Here, neutral, put_together
+
+Arrays = Sequence[jax.Array]
+
+COMBINE: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "sum": jnp.add,
+    "max": jnp.maximum,
+    "min": jnp.minimum,
+    "and": jnp.bitwise_and,
+    "or": jnp.bitwise_or,
+}
+
+
+def run(
+    program: Program, assignment: Assignment, mesh: Mesh, args: Arrays
+) -> list[jax.Array]:
+    """Run a step with microbatches on local shards, inside a ``shard_map``."""
+    loop = assignment.loop
+    assert loop is not None, "a plan without microbatches"
+    before, inside, after = phases(program, loop.ops)
+    frame = entered(program, assignment, mesh, args)
+    run_ops(frame, assignment, before)
+    leaving = [m for m in loop.leave if TIME in m.source.axes or not m.steps]
+    _accumulate(frame, assignment, inside, loop.trips, leaving)
+    for move in loop.leave:
+        if move not in leaving:
+            frame.move(move)
+    run_ops(frame, assignment, after)
+    return finished(frame, assignment)
+
+
+def _accumulate(
+    frame: Frame,
+    assignment: Assignment,
+    ops: Sequence[int],
+    trips: int,
+    leaving: Sequence[Move],
+) -> None:
+    """Run the loop; ``frame`` then holds what leaves it, out of time."""
+    program, mesh = frame.program, frame.mesh
+    sums = [m for m in leaving if m.source.operator(TIME)]
+    rest = [m for m in leaving if not m.source.operator(TIME)]
+
+    def turn(
+        totals: list[jax.Array], number: jax.Array
+    ) -> tuple[list[jax.Array], Arrays]:
+        held = {v: dict(versions) for v, versions in frame.versions.items()}
+        here = Frame(program, Here(mesh.axes, number), held)
+        run_ops(here, assignment, ops)
+        terms = [here.get(m.value, m.source) for m in sums]
+        added = [
+            COMBINE[_operator(m)](total, term.astype(total.dtype))
+            for m, total, term in zip(sums, totals, terms, strict=True)
+        ]
+        return added, [here.get(m.value, m.source) for m in rest]
+
+    start = [_empty(program, m, mesh) for m in sums]
+    totals, stacks = lax.scan(turn, start, jnp.arange(trips, dtype=jnp.int32))
+    for move, total in zip(sums, totals, strict=True):
+        dtype = program.values[move.value].dtype
+        frame.put(move.value, move.target, total.astype(dtype))
+    for move, stack in zip(rest, stacks, strict=True):
+        whole = stack[-1]
+        if move.steps:
+            (step,) = move.steps
+            whole = put_together(stack, program.values[move.value].shape, step, mesh)
+        frame.put(move.value, move.target, whole)
+
+
+def _operator(move: Move) -> str:
+    operator = move.source.operator(TIME)
+    assert operator is not None
+    return operator
+
+
+def _empty(program: Program, move: Move, mesh: Mesh) -> jax.Array:
+    """The accumulator before the first turn."""
+    value = program.values[move.value]
+    dtype = jnp.dtype(value.dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        dtype = jnp.dtype(jnp.float32)
+    shape = move.source.local_shape(value.shape, mesh)
+    return jnp.broadcast_to(neutral(_operator(move), dtype), shape)

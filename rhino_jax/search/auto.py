@@ -1,0 +1,267 @@
+"""The plan of a step for a cluster, nothing given: meshes, memory, microbatches, remat.
+
+Every mesh is searched at no price for memory first. The most promising are predicted as
+they will run (:mod:`rhino_jax.cost.model`); one that does not fit is searched again at
+rising prices for a byte, until it does. Only where nothing fits are activations
+recomputed and batches divided.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from rhino_jax.cluster.topology import Cluster, linked
+from rhino_jax.cost.model import Prediction, predict
+from rhino_jax.errors import InfeasibleError, problems
+from rhino_jax.ir.assignment import Assignment
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.rules import rule_of
+from rhino_jax.search.descend import Answer, search_axes, starts
+from rhino_jax.search.energy import Energy
+from rhino_jax.search.microbatch import microbatched
+from rhino_jax.search.pins import Spec
+from rhino_jax.search.planner import Reading, Request, energy_of, read, written
+from rhino_jax.search.prices import ClusterPrices, Prices
+from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
+from rhino_jax.search.subject import Subject
+from rhino_jax.search.timing import Refusal
+
+LADDER = (0.0, 0.1, 0.4, 1.5, 6.0, 25.0)
+"""Prices of a byte: the device's whole memory is worth this many steps."""
+
+MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+PREDICTED = (2, 3)
+"""Meshes predicted as they will run, by optimization level."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked of a search.
+
+    ``meshes`` to choose from; ``limit_bytes`` of one device. ``microbatches`` 0 and
+    ``remat`` "" leave them to the search.
+    """
+
+    cluster: Cluster
+    meshes: tuple[Mesh, ...]
+    limit_bytes: int
+    level: int = 1
+    microbatches: int = 0
+    remat: str = ""
+    pins: Mapping[str, Spec] = field(default_factory=dict)
+    donated: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One complete way to run the step, and what it will cost."""
+
+    subject: Subject
+    mesh: Mesh
+    assignment: Assignment
+    prediction: Prediction
+    remat: str
+    microbatches: int
+    memory_price: float
+
+    def __str__(self) -> str:
+        seconds, peak = self.prediction.step_seconds, self.prediction.peak_bytes
+        how = [f"mesh ({self.mesh})"]
+        if self.remat != NONE:
+            how.append(f"remat {self.remat}")
+        if self.microbatches > 1:
+            how.append(f"{self.microbatches} microbatches")
+        return f"{', '.join(how)}: {seconds * 1e3:.2f} ms, {peak / 2**30:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The winner, everything that was predicted on the way, and notes for the plan."""
+
+    best: Candidate
+    considered: tuple[Candidate, ...]
+    notes: tuple[str, ...] = ()
+    reading_seconds: float = field(default=0.0, compare=False)
+    """Time that grows with the Program: reading it, writing and predicting plans."""
+
+
+def plan_search(subject: Subject, wish: Wish) -> Searched:
+    """The fastest plan that fits.
+
+    Raises:
+        InfeasibleError: none fits; says the bytes short and what would fit.
+        PinError: pins that do not fit.
+    """
+    return _Search(subject, wish).run()
+
+
+@dataclass
+class _Mesh:
+    """One mesh being searched: its energy and the answer at no price for memory."""
+
+    reading: Reading
+    energy: Energy
+    answer: Answer
+
+
+class _Search:
+    def __init__(self, subject: Subject, wish: Wish) -> None:
+        self.subject = subject
+        self.wish = wish
+        self.prices: Prices = ClusterPrices(wish.cluster)
+        self.considered: list[Candidate] = []
+        self.notes: dict[str, None] = {}
+        self.refused = False
+        self.reading_seconds = 0.0
+
+    def run(self) -> Searched:
+        for remat, batches in self._ways():
+            found = list(self._with(remat, batches))
+            self.considered += found
+            fitting = [c for c in self.considered if self._fits(c)]
+            if fitting:
+                best = min(fitting, key=_rank)
+                notes, seconds = tuple(self.notes), self.reading_seconds
+                return Searched(best, tuple(self.considered), notes, seconds)
+        raise self._infeasible()
+
+    def _ways(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+        """Ever more that is done to fit: (remat policies, counts of microbatches)."""
+        wish = self.wish
+        policies = (wish.remat,) if wish.remat else (NONE, BOUNDARY)
+        counts = (wish.microbatches,) if wish.microbatches else MICROBATCHES
+        yield policies[:1], counts[:1]
+        if len(policies) > 1:
+            yield policies[1:], counts[:1]
+        for count in counts[1:]:
+            if self.refused or self.subject.batch_size % count:
+                return
+            yield policies, (count,)
+
+    def _with(
+        self, policies: Sequence[str], counts: Sequence[int]
+    ) -> Iterator[Candidate]:
+        for policy in policies:
+            pairs, batch = self.subject.pairs, self.subject.batch_inputs
+            program = apply_remat(self.subject.program, pairs, batch, policy)
+            if policy != NONE and program is self.subject.program:
+                continue
+            subject = replace(self.subject, program=program)
+            yield from self._on_meshes(subject, policy, counts)
+
+    def _on_meshes(
+        self, subject: Subject, policy: str, counts: Sequence[int]
+    ) -> Iterator[Candidate]:
+        with self._reading():
+            reading = read(subject)
+        meshes = []
+        for mesh in self.wish.meshes:
+            on = linked(self.wish.cluster, mesh)
+            request = Request(on, self.prices, pins=self.wish.pins)
+            energy = energy_of(reading, request)
+            answer = search_axes(energy, starts(energy), self.wish.level)
+            meshes.append(_Mesh(reading, energy, answer))
+        meshes.sort(key=lambda one: one.answer.ticks)
+        for one in meshes[: PREDICTED[self.wish.level - 1]]:
+            for count in counts:
+                yield from self._up_the_ladder(subject, one, policy, count)
+
+    def _up_the_ladder(
+        self, subject: Subject, one: _Mesh, policy: str, count: int
+    ) -> Iterator[Candidate]:
+        """Answers at rising prices for memory, until one fits."""
+        seconds = one.answer.ticks / self.prices.ticks_per_second
+        seen: set[Answer] = set()
+        answer = one.answer
+        for price in LADDER:
+            if price:
+                per_byte = price * seconds / self.wish.limit_bytes
+                ticks = per_byte * self.prices.ticks_per_second
+                answer = search_axes(one.energy, starts(one.energy), 1, ticks)
+            if answer in seen:
+                continue
+            seen.add(answer)
+            with self._reading():
+                found = self._candidate(subject, one, answer, policy, count, price)
+            if found is None:
+                return
+            yield found
+            if self._fits(found):
+                return
+
+    def _candidate(
+        self,
+        subject: Subject,
+        one: _Mesh,
+        answer: Answer,
+        policy: str,
+        count: int,
+        price: float,
+    ) -> Candidate | None:
+        assignment = written(one.reading, one.energy, answer).assignment
+        mesh = one.energy.mesh
+        over = mesh
+        if count > 1:
+            timed = microbatched(subject, assignment, mesh, count)
+            if isinstance(timed, Refusal):
+                self.refused = True
+                self.notes.update(
+                    dict.fromkeys(f"no microbatches: {r}" for r in timed.reasons)
+                )
+                return None
+            assignment, over = timed
+        prediction = predict(
+            subject.program,
+            assignment,
+            over,
+            self.wish.cluster,
+            rule_of,
+            self.wish.donated,
+        )
+        return Candidate(subject, mesh, assignment, prediction, policy, count, price)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.reading_seconds += time.perf_counter() - began
+
+    def _fits(self, candidate: Candidate) -> bool:
+        return candidate.prediction.peak_bytes <= self.wish.limit_bytes
+
+    def _infeasible(self) -> InfeasibleError:
+        """The bytes short of the nearest plan, and what would make it fit."""
+        limit = self.wish.limit_bytes
+        what = (
+            f"no plan fits {limit / 2**30:.2f} GiB a device on {self.wish.cluster.name}"
+        )
+        if not self.considered:
+            return InfeasibleError(problems(f"{what}:", self.notes))
+        near = min(self.considered, key=lambda c: c.prediction.peak_bytes)
+        peak = near.prediction.peak_bytes
+        devices = self.wish.cluster.num_devices
+        more = max(2, -(-peak // limit))
+        inside = [
+            f"{name}: {size / 2**30:.2f} GiB"
+            for name, size in near.prediction.memory.at_peak[:4]
+        ]
+        return InfeasibleError(
+            problems(
+                f"{what}; the smallest found needs {peak / 2**30:.2f} GiB, "
+                f"{(peak - limit) / 2**30:.2f} GiB too much ({near}). At its peak "
+                f"stand inputs of {near.prediction.memory.input_bytes / 2**30:.2f} GiB "
+                "and:",
+                [*inside, *self.notes],
+                f"About {devices * more} devices would hold it; or raise "
+                "memory_limit_bytes, shorten the batch, or free what is pinned.",
+            )
+        )
+
+
+def _rank(candidate: Candidate) -> tuple[float, int, int]:
+    """Faster first; among equals the smaller, then the one found first."""
+    prediction = candidate.prediction
+    return prediction.step_seconds, prediction.peak_bytes, candidate.microbatches

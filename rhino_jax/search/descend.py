@@ -1,0 +1,152 @@
+"""The best answer by exact steps: all variables over one axis at a time.
+
+With the other axes held, what one axis does for every variable is solved exactly: few
+values a variable, so that elimination is cheap however long the Program. Steps repeat
+until none helps. Answers found from several starts are then *fused*: of the values that
+any of them gives a variable the best combination is found exactly, which is never worse
+than the best of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rhino_jax.search.domains import SPLIT, Slots
+from rhino_jax.search.energy import Energy
+from rhino_jax.search.graph import INPUT, STORED
+from rhino_jax.search.local import greedy
+from rhino_jax.search.solve import solve
+
+MOST_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Slots for every variable, and what they cost in ticks.
+
+    ``proven``: every step was solved to its optimum.
+    """
+
+    slots: tuple[Slots, ...]
+    ticks: int
+    proven: bool = True
+
+
+@dataclass(frozen=True)
+class Start:
+    """Slots to start from. ``batch``: on axes not yet settled the batch is split."""
+
+    slots: tuple[Slots, ...]
+    batch: bool = False
+
+
+def starts(energy: Energy) -> tuple[Start, ...]:
+    """Everything whole, with the batch left alone and with the batch split."""
+    whole = tuple((None,) * len(energy.mesh.axes) for _ in energy.graph.vars)
+    return (Start(whole, batch=True),)
+
+
+def descend(
+    energy: Energy, start: Start, order: Sequence[int], memory_ticks: float = 0.0
+) -> Answer:
+    """Better ``start`` axis by axis, in ``order``, until no axis helps."""
+    best: Answer | None = None
+    slots = start.slots
+    idle = 0
+    settled: set[int] = set()
+    for axis in itertools.islice(itertools.cycle(order), MOST_ROUNDS * len(order)):
+        domains = [energy.domain(v, at, axis) for v, at in enumerate(slots)]
+        problem = energy.problem(domains, memory_ticks)
+        incumbent: Sequence[int] = (0,) * len(domains)
+        if axis not in settled:
+            held = _held(energy, domains, axis, start.batch)
+            incumbent = greedy(problem, held)
+        settled.add(axis)
+        found = solve(problem, incumbent)
+        slots = tuple(
+            domain[choice] for domain, choice in zip(domains, found.answer, strict=True)
+        )
+        proven = found.optimal and (best is None or best.proven)
+        idle = idle + 1 if best is not None and found.cost >= best.ticks else 0
+        if best is None or found.cost < best.ticks:
+            best = Answer(slots, found.cost, proven)
+        if idle >= len(order) - 1 and len(settled) == len(order):
+            break
+    assert best is not None, "a mesh without axes has one answer"
+    return best
+
+
+def _held(
+    energy: Energy, domains: Sequence[Sequence[Slots]], axis: int, batch: bool
+) -> Mapping[int, int]:
+    """Where what is stored starts from: whole, batch inputs split by examples."""
+    held = {}
+    for v, var in enumerate(energy.graph.vars):
+        if var.role in STORED:
+            held[v] = 0
+        if batch and var.role == INPUT:
+            for k, slots in enumerate(domains[v]):
+                slot = slots[axis]
+                if slot is not None and slot[:2] == (SPLIT, 0):
+                    held[v] = k
+    return held
+
+
+def fuse(
+    energy: Energy, answers: Sequence[Answer], memory_ticks: float = 0.0
+) -> Answer:
+    """The best combination of what ``answers`` say of each variable."""
+    best = min(answers, key=lambda answer: answer.ticks)
+    if len(answers) == 1:
+        return best
+    domains = [
+        tuple(dict.fromkeys((mine, *of_var)))
+        for mine, of_var in zip(
+            best.slots, zip(*(a.slots for a in answers), strict=True), strict=True
+        )
+    ]
+    found = solve(energy.problem(domains, memory_ticks), (0,) * len(domains))
+    slots = tuple(
+        domain[choice] for domain, choice in zip(domains, found.answer, strict=True)
+    )
+    return Answer(slots, found.cost, found.optimal)
+
+
+def orders(axes: int, most: int) -> Sequence[Sequence[int]]:
+    """Orders in which to take the axes, at most ``most``: rotations first.
+
+    >>> orders(2, 4)
+    [(0, 1), (1, 0)]
+    """
+    rotations: Iterable[tuple[int, ...]] = (
+        (*range(first, axes), *range(first)) for first in range(axes)
+    )
+    every = itertools.chain(rotations, itertools.permutations(range(axes)))
+    return list(dict.fromkeys(every))[:most]
+
+
+def search_axes(
+    energy: Energy,
+    begin: Sequence[Start],
+    most_orders: int,
+    memory_ticks: float = 0.0,
+) -> Answer:
+    """Descend from every start in several orders, and fuse what was found."""
+    axes = [i for i, axis in enumerate(energy.mesh.axes) if axis.size > 1]
+    if not axes:
+        return whole(energy, memory_ticks)
+    found: dict[tuple[Slots, ...], Answer] = {}
+    for start in begin:
+        for order in orders(len(axes), most_orders):
+            answer = descend(energy, start, [axes[i] for i in order], memory_ticks)
+            found.setdefault(answer.slots, answer)
+    return fuse(energy, list(found.values()), memory_ticks)
+
+
+def whole(energy: Energy, memory_ticks: float) -> Answer:
+    """The one answer on one device."""
+    slots = starts(energy)[0].slots
+    found = solve(energy.problem([(at,) for at in slots], memory_ticks))
+    return Answer(slots, found.cost)

@@ -1,0 +1,206 @@
+"""What each variable may be: per mesh axis one *slot*, and what slots mean together.
+
+A slot says what one axis does for one variable: nothing, take the outermost digit of a
+part of a factor, let a partial value flow through, or (of a port) leave a sum partial.
+Slots of all axes make a :class:`~rhino_jax.ir.factors.Choice` or a
+:class:`~rhino_jax.ir.layout.Layout`. Axes on one part take its digits in the order of
+the mesh, so that what is stored is stored in blocks.
+
+Variables of one make (same rule, same parts) share a :class:`Kind`, which remembers
+what it was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rhino_jax.ir.factors import Choice, Rule, choice_problems, layouts
+from rhino_jax.ir.layout import Layout, Split, contiguous, local_size, sorted_dim
+from rhino_jax.ir.mesh import TORUS, Mesh
+from rhino_jax.search.graph import OUTPUT, STATE, STORED, SUMMED, Graph, Var
+from rhino_jax.search.parts import Name, Part, Parts
+
+Slot = tuple[str, Name, Part] | None
+"""("split", factor or dimension, part), ("flow", number, ...), ("sum", ...) or None."""
+
+Slots = tuple[Slot, ...]
+"""One slot for every axis of the mesh, in its order."""
+
+NO_PART: Part = (0, 0)
+SPLIT, FLOW, SUM = "split", "flow", "sum"
+
+TILE = 8 * 128
+"""Elements: a TPU compiler scatters whole tiles, more than one, or it all-reduces."""
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What slots say: the choice (of a site) and the layouts that it implies.
+
+    A port's one layout is both what it wants and what it gives.
+    """
+
+    choice: Choice | None
+    wants: tuple[Layout, ...]
+    gives: tuple[Layout, ...]
+
+
+@dataclass
+class Kind:
+    """All variables of one make on one mesh."""
+
+    mesh: Mesh
+    parts: Parts
+    rule: Rule | None = None
+    shape: tuple[int, ...] = ()
+    role: str = ""
+    lifted: bool = False
+    fixed: Layout | None = None
+    wanted: tuple[tuple[str, ...], ...] | None = None
+    settled: bool = False
+    _known: dict[Slots, Meaning | None] = field(default_factory=dict)
+
+    def options(self, axis: str) -> tuple[Slot, ...]:
+        """The slots of one axis, whatever the others are."""
+        if self.fixed is not None or self.mesh.size(axis) == 1:
+            return (None,)
+        found = list(self._splits(axis))
+        if self.wanted is not None:
+            asked = [d for d, axes in enumerate(self.wanted) if axis in axes]
+            found = [s for s in found if s and self._dim_of(s[1]) in asked]
+            return tuple(found) or (None,)
+        if self.rule is not None:
+            count = 0 if self.settled else len(self.rule.flows)
+            flows: Iterator[Slot] = ((FLOW, n, NO_PART) for n in range(count))
+            return (None, *found, *flows)
+        if self.role == SUMMED:
+            return (None, *found, (SUM, 0, NO_PART))
+        return (None, *found)
+
+    def _dim_of(self, name: Name) -> int:
+        """The dimension of the (elementwise) result that a factor is."""
+        assert self.rule is not None
+        return next(d for d, dim in enumerate(self.rule.results[0]) if name in dim)
+
+    def _splits(self, axis: str) -> Iterator[Slot]:
+        size = self.mesh.size(axis)
+        if self.rule is None:
+            for d, n in enumerate(self.shape):
+                stored = self.role in STORED
+                parts = ((1, n),) if stored else self.parts[d]
+                for low, high in parts:
+                    if (high // low) % size == 0:
+                        yield SPLIT, d, (low, high)
+            return
+        for factor in self.rule.factors:
+            if factor.traits.split:
+                for low, high in self.parts[factor.name]:
+                    if (high // low) % size == 0:
+                        yield SPLIT, factor.name, (low, high)
+
+    def meaning(self, slots: Slots) -> Meaning | None:
+        """What ``slots`` say together; None where they can not be together."""
+        if slots not in self._known:
+            self._known[slots] = self._meaning(slots)
+        return self._known[slots]
+
+    def _meaning(self, slots: Slots) -> Meaning | None:
+        if self.fixed is not None:
+            return Meaning(None, (self.fixed,), (self.fixed,))
+        digits = self._digits(slots)
+        if digits is None:
+            return None
+        flows = {
+            axis: int(slot[1])
+            for axis, slot in zip(self.mesh.names, slots, strict=True)
+            if slot and slot[0] == FLOW
+        }
+        if self.rule is not None:
+            choice = Choice.of({str(n): s for n, s in digits.items()}, flows)
+            if choice_problems(self.rule, choice, self.mesh):
+                return None
+            wants, gives = layouts(self.rule, choice)
+            return Meaning(choice, wants, gives)
+        layout = Layout(
+            tuple(sorted_dim(digits.get(d, ())) for d in range(len(self.shape))),
+            tuple(
+                sorted(
+                    (axis, "sum")
+                    for axis, slot in zip(self.mesh.names, slots, strict=True)
+                    if slot and slot[0] == SUM
+                )
+            ),
+        )
+        if layout.problems(self.shape, self.mesh) or not self._may_store(layout):
+            return None
+        return Meaning(None, (layout,), (layout,))
+
+    def _digits(self, slots: Slots) -> Mapping[Name, list[Split]] | None:
+        """The digits that axes take: within a part the first axis is outermost."""
+        inside: dict[tuple[Name, Part], list[str]] = {}
+        for axis, slot in zip(self.mesh.names, slots, strict=True):
+            if slot and slot[0] == SPLIT:
+                inside.setdefault((slot[1], slot[2]), []).append(axis)
+        found: dict[Name, list[Split]] = {}
+        for (name, (low, high)), axes in inside.items():
+            size = self.mesh.group_size(tuple(axes))
+            if (high // low) % size:
+                return None
+            digits = contiguous(high, axes, self.mesh)
+            if any(split.stride % low for split in digits):
+                return None
+            found.setdefault(name, []).extend(digits)
+        return found
+
+    def _may_store(self, layout: Layout) -> bool:
+        """Whether JAX can hold it, and (on a torus) compilers can scatter it."""
+        if self.role not in STORED or not layout.axes:
+            return True
+        for n, dim in zip(self.shape, layout.dims, strict=True):
+            axes = [s.axis for s in dim]
+            if contiguous(n, axes, self.mesh) != dim:
+                return False
+            if n % self.mesh.group_size(tuple(axes)):
+                return False
+        if self.role not in (STATE, OUTPUT):
+            return True
+        if self.lifted and layout.dims[0]:
+            return False
+        links = {axis.name: axis.link for axis in self.mesh.axes}
+        if any(links[axis] == TORUS for axis in layout.axes):
+            sides = zip(self.shape, layout.dims, strict=True)
+            shard = 1
+            for n, dim in sides:
+                shard *= local_size(n, dim, self.mesh)
+            return len(self.shape) > 1 and shard > TILE and shard % TILE == 0
+        return True
+
+
+def kinds_of(graph: Graph, all_of: Sequence[Parts], mesh: Mesh) -> list[Kind]:
+    """For each variable its Kind."""
+    made: dict[Hashable, Kind] = {}
+    found = []
+    for var, parts in zip(graph.vars, all_of, strict=True):
+        key = _key(var, parts)
+        if key not in made:
+            made[key] = Kind(
+                mesh,
+                parts,
+                var.rule,
+                var.shape,
+                var.role,
+                var.lifted,
+                var.fixed,
+                var.wanted,
+                var.settled,
+            )
+        found.append(made[key])
+    return found
+
+
+def _key(var: Var, parts: Parts) -> Hashable:
+    made_of: Sequence[Hashable] = tuple(parts.items())
+    rule = id(var.rule) if var.rule is not None else None
+    pinned = var.fixed, var.wanted, var.settled
+    return rule, var.shape, var.role, var.lifted, pinned, made_of

@@ -1,0 +1,179 @@
+"""From a subject and a mesh to the best Assignment found."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from rhino_jax.ir.analysis.classes import SegmentClass, segment_classes
+from rhino_jax.ir.analysis.cuts import cuts
+from rhino_jax.ir.analysis.regions import Regions, regions
+from rhino_jax.ir.analysis.segments import segments
+from rhino_jax.ir.assignment import Assignment
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program
+from rhino_jax.rules import HEAVY
+from rhino_jax.search.build import build_graph
+from rhino_jax.search.descend import Answer, search_axes, starts
+from rhino_jax.search.domains import Meaning, kinds_of
+from rhino_jax.search.energy import Energy
+from rhino_jax.search.graph import INPUT, STATE, Facts, Graph, Ties
+from rhino_jax.search.parts import Parts, all_parts
+from rhino_jax.search.pins import Pinned, Spec, checked_pins
+from rhino_jax.search.prices import Prices
+from rhino_jax.search.subject import Subject
+from rhino_jax.search.write import write
+
+MOST_UNTIED_OPS = 1500
+"""Programs up to this size are searched op by op; in longer ones equal segments are
+decided together, so that the cost of the search does not grow with depth."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is searched on one mesh.
+
+    ``memory_weight``: seconds that a byte held at the peak is worth.
+    ``replicate_heavy`` allows matrix products to be done whole on several devices.
+    ``pins``: tree path or name to the axes of each dimension. ``orders``: in how many
+    orders axes are taken.
+    """
+
+    mesh: Mesh
+    prices: Prices
+    memory_weight: float = 0.0
+    replicate_heavy: bool = True
+    pins: Mapping[str, Spec] = field(default_factory=dict)
+    orders: int = 2
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best answer found, and the Assignment it is."""
+
+    assignment: Assignment
+    answer: Answer
+    energy: Energy = field(repr=False)
+
+    def meaning(self, var: int) -> Meaning:
+        found = self.energy.meaning(var, self.answer.slots[var])
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A subject read once, for every mesh and price it is searched with."""
+
+    subject: Subject
+    facts: Facts
+    regions: Regions
+    graph: Graph = field(repr=False)
+    parts: Sequence[Parts] = field(repr=False)
+
+
+def read(subject: Subject) -> Reading:
+    """Regions, segments and classes of a subject's Program."""
+    program, pairs = subject.program, subject.pairs
+    found = regions(program, pairs, subject.batch_inputs)
+    ties = Ties()
+    if len(program.ops) > MOST_UNTIED_OPS:
+        places = cuts(program, found, pairs, HEAVY)
+        segmentation = segments(program, found, places, pairs, HEAVY)
+        ties = ties_of(program, segment_classes(program, found, segmentation, pairs))
+    roles = [STATE if i in pairs else INPUT for i in range(len(program.inputs))]
+    facts = Facts(
+        roles,
+        {o: i for i, o in subject.state_pairs},
+        found.of,
+        found.batch,
+        frozenset(found.gradients.values()),
+        ties,
+    )
+    graph = build_graph(program, facts)
+    for position in range(len(subject.input_paths), len(graph.inputs)):
+        var = graph.vars[graph.inputs[position]]
+        var.fixed = Layout.replicated(len(var.shape))
+    stacked = subject.stacked
+    for position in pairs:
+        if stacked.get(subject.kin.get(position, position), False):
+            graph.vars[graph.inputs[position]].lifted = True
+    return Reading(subject, facts, found, graph, all_parts(graph))
+
+
+def ties_of(program: Program, classes: Sequence[SegmentClass]) -> Ties:
+    """Ops and values of equal segments that are decided together.
+
+    Where segments of a class follow one another directly, every second one is tied, so
+    that a column may follow a row.
+    """
+    ops: dict[int, int] = {}
+    values: dict[int, int] = {}
+    inputs = set(program.inputs)
+    for one in classes:
+        steps = [b - a for a, b in itertools.pairwise(one.members)]
+        period = 2 if 1 in steps else 1
+        for member in range(period, one.multiplicity):
+            first = member % period
+            ops.update(one.op_map(member, first))
+            for v, w in one.value_map(member, first).items():
+                if v in inputs and w in inputs:
+                    values[v] = w
+    for index, first in ops.items():
+        made = zip(program.ops[index].results, program.ops[first].results, strict=True)
+        values.update(made)
+    return Ties(ops, values)
+
+
+def energy_of(reading: Reading, request: Request) -> Energy:
+    """The prices of a reading on one mesh, with what pins fix in place.
+
+    Raises:
+        PinError: pins that do not fit.
+    """
+    graph, mesh = reading.graph, request.mesh
+    if request.pins:
+        graph = _pinned(reading, mesh, request.pins)
+    return Energy(
+        graph,
+        mesh,
+        request.prices,
+        request.replicate_heavy,
+        kinds_of(graph, reading.parts, mesh),
+    )
+
+
+def _pinned(reading: Reading, mesh: Mesh, pins: Mapping[str, Spec]) -> Graph:
+    graph = reading.graph
+    fixed: Pinned = checked_pins(reading.subject, mesh, pins)
+    variables = list(graph.vars)
+    for position, layout in fixed.inputs.items():
+        v = graph.inputs[position]
+        variables[v] = replace(variables[v], fixed=layout)
+    for v, var in enumerate(variables):
+        if var.op is not None and var.op.kind == "name":
+            asked = fixed.named.get(var.op.param["name"])
+            if asked is not None:
+                variables[v] = replace(var, wanted=asked)
+    return replace(graph, vars=variables)
+
+
+def search(subject: Subject, request: Request) -> Found:
+    """The best Assignment found for ``subject`` on one mesh."""
+    reading = read(subject)
+    energy = energy_of(reading, request)
+    ticks = request.memory_weight * request.prices.ticks_per_second
+    answer = search_axes(energy, starts(energy), request.orders, ticks)
+    return written(reading, energy, answer)
+
+
+def written(reading: Reading, energy: Energy, answer: Answer) -> Found:
+    """``answer`` as an Assignment."""
+    meanings: Sequence[Meaning | None] = [
+        energy.meaning(v, slots) for v, slots in enumerate(answer.slots)
+    ]
+    known = [m for m in meanings if m is not None]
+    assert len(known) == len(meanings), "an answer has only what can be"
+    return Found(write(energy, reading.facts, known), answer, energy)
