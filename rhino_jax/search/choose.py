@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from rhino_jax.errors import OptionsError
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program
+from rhino_jax.search.complete import accumulators
 from rhino_jax.search.pins import Spec, pinned
+from rhino_jax.search.planner import Request, search
+from rhino_jax.search.prices import AlphaBeta
 from rhino_jax.search.recipes import (
     RECIPES,
     Placement,
@@ -36,8 +40,46 @@ def plan_recipe(
             f"device, the mesh ({mesh}) has {len(wide)}; pass e.g. "
             'mesh={"data": 2, "tensor": 4}'
         )
-    placement, named = pinned(place(recipe, subject, mesh), subject, mesh, pins)
+    placement = place(recipe, subject, mesh)
+    return completion(placement, subject, mesh, pins)
+
+
+def completion(
+    placement: Placement, subject: Subject, mesh: Mesh, pins: Mapping[str, Spec]
+) -> tuple[Placement, Assignment]:
+    """``placement`` with pins in place, and the plan that it leads to.
+
+    Following op by op can not see that the gradients of scanned layers may stay partial
+    through the user's own loop over microbatches; there the search fills in.
+    """
+    placement, named = pinned(placement, subject, mesh, pins)
+    if accumulates_stacks(subject.program):
+        return placement, filled_in(placement, subject, mesh, pins)
     return placement, completed(placement, subject, mesh, named)
+
+
+def accumulates_stacks(program: Program) -> bool:
+    """Whether a loop adds up what loops inside it stack."""
+    return any(
+        op.kind == "scan"
+        and any(inner.kind == "scan" for inner in op.programs[0].ops)
+        and accumulators(op.programs[0], op.param["num_consts"], op.param["num_carry"])
+        for op in program.ops
+    )
+
+
+def filled_in(
+    placement: Placement, subject: Subject, mesh: Mesh, pins: Mapping[str, Spec]
+) -> Assignment:
+    """The plan that sends least of those in which the inputs lie as placed."""
+    request = Request(
+        mesh,
+        AlphaBeta(),
+        replicate_heavy=False,
+        pins=pins,
+        placed=dict(enumerate(placement.inputs)),
+    )
+    return search(subject, request).assignment
 
 
 def default_meshes(recipe: str, grid: tuple[int, ...]) -> tuple[Mesh, ...]:

@@ -38,7 +38,8 @@ class Request:
     ``memory_weight``: seconds that a byte held at the peak is worth.
     ``replicate_heavy`` allows matrix products to be done whole on several devices.
     ``pins``: tree path or name to the axes of each dimension. ``orders``: in how many
-    orders axes are taken.
+    orders axes are taken. ``placed``: layouts of inputs (positions), as pins but
+    stronger than these.
     """
 
     mesh: Mesh
@@ -47,6 +48,7 @@ class Request:
     replicate_heavy: bool = True
     pins: Mapping[str, Spec] = field(default_factory=dict)
     orders: int = 2
+    placed: Mapping[int, Layout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ def energy_of(reading: Reading, request: Request) -> Energy:
         PinError: pins that do not fit.
     """
     graph, mesh = reading.graph, request.mesh
-    if request.pins:
-        graph = _pinned(reading, mesh, request.pins)
+    if request.pins or request.placed:
+        graph = _pinned(reading, request)
     return Energy(
         graph,
         mesh,
@@ -145,11 +147,11 @@ def energy_of(reading: Reading, request: Request) -> Energy:
     )
 
 
-def _pinned(reading: Reading, mesh: Mesh, pins: Mapping[str, Spec]) -> Graph:
+def _pinned(reading: Reading, request: Request) -> Graph:
     graph = reading.graph
-    fixed: Pinned = checked_pins(reading.subject, mesh, pins)
+    fixed: Pinned = checked_pins(reading.subject, request.mesh, request.pins)
     variables = list(graph.vars)
-    for position, layout in fixed.inputs.items():
+    for position, layout in {**fixed.inputs, **request.placed}.items():
         v = graph.inputs[position]
         variables[v] = replace(variables[v], fixed=layout)
     for v, var in enumerate(variables):

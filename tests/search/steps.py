@@ -15,8 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.plan import Collective, collectives
-from rhino_jax.search.pins import Spec, pinned
-from rhino_jax.search.recipes import RECIPES, Placement, completed, place
+from rhino_jax.search.choose import completion
+from rhino_jax.search.pins import Spec
+from rhino_jax.search.recipes import RECIPES, Placement, place
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import trace
 
@@ -77,8 +78,7 @@ def made(
     fun, state, batch = step
     subject, grid = subject_of(fun, state, batch), Mesh.of(**mesh)
     placement = place(RECIPES[recipe], subject, grid)
-    placement, named = pinned(placement, subject, grid, pins or {})
-    return Made(subject, grid, placement, completed(placement, subject, grid, named))
+    return Made(subject, grid, *completion(placement, subject, grid, pins or {}))
 
 
 def with_momentum(loss: Callable[[Any, Any], jax.Array]) -> Callable[..., Any]:
