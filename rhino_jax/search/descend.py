@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rhino_jax.search.domains import SPLIT, Slots
+from rhino_jax.search.domains import SPLIT, Domain, Slots
 from rhino_jax.search.energy import Energy
 from rhino_jax.search.graph import INPUT, STORED
 from rhino_jax.search.local import greedy
@@ -57,7 +57,9 @@ def descend(
     idle = 0
     settled: set[int] = set()
     for axis in itertools.islice(itertools.cycle(order), MOST_ROUNDS * len(order)):
-        domains = [energy.domain(v, at, axis) for v, at in enumerate(slots)]
+        domains = [
+            k.around(at, axis) for k, at in zip(energy.kinds, slots, strict=True)
+        ]
         problem = energy.problem(domains, memory_ticks)
         incumbent: Sequence[int] = (0,) * len(domains)
         if axis not in settled:
@@ -65,9 +67,7 @@ def descend(
             incumbent = greedy(problem, held)
         settled.add(axis)
         found = solve(problem, incumbent)
-        slots = tuple(
-            domain[choice] for domain, choice in zip(domains, found.answer, strict=True)
-        )
+        slots = chosen(domains, found.answer)
         proven = found.optimal and (best is None or best.proven)
         idle = idle + 1 if best is not None and found.cost >= best.ticks else 0
         if best is None or found.cost < best.ticks:
@@ -79,7 +79,7 @@ def descend(
 
 
 def _held(
-    energy: Energy, domains: Sequence[Sequence[Slots]], axis: int, batch: bool
+    energy: Energy, domains: Sequence[Domain], axis: int, batch: bool
 ) -> Mapping[int, int]:
     """Where what is stored starts from: whole, batch inputs split by examples."""
     held = {}
@@ -87,7 +87,7 @@ def _held(
         if var.role in STORED:
             held[v] = 0
         if batch and var.role == INPUT:
-            for k, slots in enumerate(domains[v]):
+            for k, slots in enumerate(domains[v].slots):
                 slot = slots[axis]
                 if slot is not None and slot[:2] == (SPLIT, 0):
                     held[v] = k
@@ -101,17 +101,15 @@ def fuse(
     best = min(answers, key=lambda answer: answer.ticks)
     if len(answers) == 1:
         return best
-    domains = [
-        tuple(dict.fromkeys((mine, *of_var)))
-        for mine, of_var in zip(
-            best.slots, zip(*(a.slots for a in answers), strict=True), strict=True
-        )
-    ]
+    every = zip(best.slots, *(a.slots for a in answers), strict=True)
+    domains = [k.domain(of) for k, of in zip(energy.kinds, every, strict=True)]
     found = solve(energy.problem(domains, memory_ticks), (0,) * len(domains))
-    slots = tuple(
-        domain[choice] for domain, choice in zip(domains, found.answer, strict=True)
-    )
-    return Answer(slots, found.cost, found.optimal)
+    return Answer(chosen(domains, found.answer), found.cost, found.optimal)
+
+
+def chosen(domains: Sequence[Domain], answer: Sequence[int]) -> tuple[Slots, ...]:
+    """The slots that an answer of the solver stands for."""
+    return tuple(d.slots[k] for d, k in zip(domains, answer, strict=True))
 
 
 def orders(axes: int, most: int) -> Sequence[Sequence[int]]:
@@ -148,5 +146,6 @@ def search_axes(
 def whole(energy: Energy, memory_ticks: float) -> Answer:
     """The one answer on one device."""
     slots = starts(energy)[0].slots
-    found = solve(energy.problem([(at,) for at in slots], memory_ticks))
+    domains = [k.domain((at,)) for k, at in zip(energy.kinds, slots, strict=True)]
+    found = solve(energy.problem(domains, memory_ticks))
     return Answer(slots, found.cost)

@@ -12,7 +12,7 @@ what it was asked.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rhino_jax.ir.factors import Choice, Rule, choice_problems, layouts
@@ -46,6 +46,27 @@ class Meaning:
     gives: tuple[Layout, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """What one variable may be in one problem: slots and what they mean.
+
+    Equal only to itself, so that what was worked out for it is found again quickly.
+    """
+
+    slots: tuple[Slots, ...]
+    meanings: tuple[Meaning, ...]
+
+    def gives(self, index: int, lift: int) -> tuple[Layout, ...]:
+        """The layouts of one result, stacked where ``lift`` says so."""
+        found = (meaning.gives[index] for meaning in self.meanings)
+        return tuple(x.prepended() for x in found) if lift else tuple(found)
+
+    def wants(self, index: int, lift: int) -> tuple[Layout, ...]:
+        """The layouts of one operand."""
+        found = (meaning.wants[index] for meaning in self.meanings)
+        return tuple(x.prepended() for x in found) if lift else tuple(found)
+
+
 @dataclass
 class Kind:
     """All variables of one make on one mesh."""
@@ -60,6 +81,28 @@ class Kind:
     wanted: tuple[tuple[str, ...], ...] | None = None
     settled: bool = False
     _known: dict[Slots, Meaning | None] = field(default_factory=dict)
+    _domains: dict[Hashable, Domain] = field(default_factory=dict)
+
+    def around(self, at: Slots, axis: int) -> Domain:
+        """The ways to change one axis of ``at``, what stands there first."""
+        key = at, axis
+        if key not in self._domains:
+            changed = (
+                (*at[:axis], slot, *at[axis + 1 :])
+                for slot in self.options(self.mesh.names[axis])
+            )
+            self._domains[key] = self.domain((at, *changed))
+        return self._domains[key]
+
+    def domain(self, slots: Iterable[Slots]) -> Domain:
+        """Those of ``slots`` that can be, without repeats."""
+        wanted = tuple(dict.fromkeys(slots))
+        if wanted not in self._domains:
+            known = [(s, m) for s in wanted if (m := self.meaning(s)) is not None]
+            self._domains[wanted] = Domain(
+                tuple(s for s, _ in known), tuple(m for _, m in known)
+            )
+        return self._domains[wanted]
 
     def options(self, axis: str) -> tuple[Slot, ...]:
         """The slots of one axis, whatever the others are."""

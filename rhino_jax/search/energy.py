@@ -10,8 +10,8 @@ import numpy as np
 from rhino_jax.cost.reshard import local_bytes, route
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.search.domains import SPLIT, Kind, Meaning, Slots
-from rhino_jax.search.graph import Endpoint, Graph, Var
+from rhino_jax.search.domains import SPLIT, Domain, Kind, Meaning, Slots
+from rhino_jax.search.graph import Graph, Var
 from rhino_jax.search.prices import Prices
 from rhino_jax.search.problem import FORBIDDEN, Problem
 
@@ -37,73 +37,70 @@ class Energy:
     kinds: Sequence[Kind] = ()
     _moves: dict[Hashable, int] = field(default_factory=dict)
     _matrices: dict[Hashable, Array] = field(default_factory=dict)
+    _nodes: dict[Hashable, Array] = field(default_factory=dict)
     _ops: dict[Hashable, int] = field(default_factory=dict)
 
     def meaning(self, var: int, slots: Slots) -> Meaning | None:
         return self.kinds[var].meaning(slots)
 
-    def problem(
-        self,
-        domains: Sequence[Sequence[Slots]],
-        memory_ticks: float,
-    ) -> Problem:
+    def problem(self, domains: Sequence[Domain], memory_ticks: float) -> Problem:
         """The choice of one of its slots for every variable."""
-        nodes = []
-        wants: list[tuple[tuple[Layout, ...], ...]] = []
-        gives: list[tuple[tuple[Layout, ...], ...]] = []
-        for v, domain in enumerate(domains):
-            meanings = [self.kinds[v].meaning(slots) for slots in domain]
-            nodes.append(self._node(v, domain, meanings, memory_ticks))
-            known = [m for m in meanings if m is not None]
-            assert len(known) == len(meanings), self.graph.vars[v]
-            wants.append(tuple(m.wants for m in known))
-            gives.append(tuple(m.gives for m in known))
+        nodes = [self._node(v, d, memory_ticks) for v, d in enumerate(domains)]
         edges = []
         for (source, target, shape, dtype), weight in self.graph.links.items():
-            given = tuple(_lifted(g[source.index], source) for g in gives[source.var])
             at = -1 - target.index if self.graph.vars[target.var].is_site else 0
-            wanted = tuple(_lifted(w[at], target) for w in wants[target.var])
-            matrix = self._matrix(shape, dtype, given, wanted)
-            cost = np.minimum(matrix * weight, FORBIDDEN)
-            edges.append((source.var, target.var, cost))
+            giving, wanting = domains[source.var], domains[target.var]
+            key = shape, dtype, giving, source.index, source.lift, wanting, at
+            matrix = self._matrices.get((key, target.lift))
+            if matrix is None:
+                matrix = self._matrices[key, target.lift] = self._matrix(
+                    shape,
+                    dtype,
+                    giving.gives(source.index, source.lift),
+                    wanting.wants(at, target.lift),
+                )
+            if weight != 1:
+                matrix = np.minimum(matrix * weight, FORBIDDEN)
+            edges.append((source.var, target.var, matrix))
         return Problem.of(nodes, edges)
-
-    def domain(self, var: int, at: Slots, axis: int) -> tuple[Slots, ...]:
-        """The ways to change one axis of ``at``, what stands there first."""
-        kind = self.kinds[var]
-        name = self.mesh.names[axis]
-        found = [at]
-        for slot in kind.options(name):
-            slots = (*at[:axis], slot, *at[axis + 1 :])
-            if slots != at and kind.meaning(slots) is not None:
-                found.append(slots)
-        return tuple(found)
 
     # ---- prices
 
-    def _node(
-        self,
-        v: int,
-        domain: Sequence[Slots],
-        meanings: Sequence[Meaning | None],
-        memory_ticks: float,
-    ) -> Array:
+    def _node(self, v: int, domain: Domain, memory_ticks: float) -> Array:
         var = self.graph.vars[v]
-        costs = []
-        for slots, meaning in zip(domain, meanings, strict=True):
-            assert meaning is not None
-            cost = self._op(var, meaning) * var.weight if var.is_site else 0
-            for index, count in var.held.items():
-                value = (var.shape, var.dtype)
-                if var.is_site:
-                    made = var.makes[index]
-                    value = (made.shape, made.dtype)
-                held = local_bytes(*value, meaning.gives[index], self.mesh)
-                cost += round(held * count * memory_ticks)
-            if var.heavy and not self.copies:
-                cost += COPY * _idle_axes(slots, self.mesh)
-            costs.append(min(cost, FORBIDDEN))
-        return np.array(costs, np.int64)
+        key = v, domain
+        seconds = self._nodes.get(key)
+        if seconds is None:
+            seconds = self._nodes[key] = np.array(
+                [
+                    self._own(var, slots, meaning)
+                    for slots, meaning in zip(
+                        domain.slots, domain.meanings, strict=True
+                    )
+                ],
+                np.int64,
+            )
+        if not memory_ticks or not var.held:
+            return seconds
+        held = [self._held(var, meaning) for meaning in domain.meanings]
+        return seconds + np.array([round(n * memory_ticks) for n in held], np.int64)
+
+    def _own(self, var: Var, slots: Slots, meaning: Meaning) -> int:
+        """Ticks of an op, as often as it runs."""
+        cost = self._op(var, meaning) * var.weight if var.is_site else 0
+        if var.heavy and not self.copies:
+            cost += COPY * _idle_axes(slots, self.mesh)
+        return min(cost, FORBIDDEN)
+
+    def _held(self, var: Var, meaning: Meaning) -> int:
+        """Bytes that a variable has standing at the peak."""
+        total = 0
+        for index, count in var.held.items():
+            made = var.makes[index] if var.is_site else None
+            shape, dtype = (made.shape, made.dtype) if made else (var.shape, var.dtype)
+            layout = meaning.gives[index]
+            total += count * local_bytes(shape, dtype, layout, self.mesh)
+        return total
 
     def _op(self, var: Var, meaning: Meaning) -> int:
         assert (
@@ -130,19 +127,13 @@ class Energy:
         given: tuple[Layout, ...],
         wanted: tuple[Layout, ...],
     ) -> Array:
-        key = shape, dtype, given, wanted
-        found = self._matrices.get(key)
-        if found is None:
-            rows, columns = dict.fromkeys(given), dict.fromkeys(wanted)
-            small = np.array(
-                [[self.move(shape, dtype, a, b) for b in columns] for a in rows],
-                np.int64,
-            )
-            row = {layout: i for i, layout in enumerate(rows)}
-            column = {layout: i for i, layout in enumerate(columns)}
-            found = small[np.ix_([row[x] for x in given], [column[x] for x in wanted])]
-            self._matrices[key] = found
-        return found
+        rows, columns = list(dict.fromkeys(given)), list(dict.fromkeys(wanted))
+        small = np.array(
+            [[self.move(shape, dtype, a, b) for b in columns] for a in rows], np.int64
+        )
+        row = [rows.index(x) for x in given]
+        column = [columns.index(x) for x in wanted]
+        return small[np.ix_(row, column)]
 
     def move(
         self, shape: tuple[int, ...], dtype: str, source: Layout, target: Layout
@@ -165,10 +156,6 @@ class Energy:
             found = round(seconds * self.prices.ticks_per_second)
             self._moves[key] = found
         return found
-
-
-def _lifted(layout: Layout, end: Endpoint) -> Layout:
-    return layout.prepended() if end.lift else layout
 
 
 def _idle_axes(slots: Slots, mesh: Mesh) -> int:
