@@ -8,6 +8,7 @@ recomputed and batches divided.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ LADDER = (0.0, 0.1, 0.4, 1.5, 6.0, 25.0)
 """Prices of a byte: the device's whole memory is worth this many steps."""
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
-PREDICTED = (2, 3)
+PREDICTED = (1, 3)
 """Meshes predicted as they will run, by optimization level."""
 
 
@@ -95,7 +96,20 @@ def plan_search(subject: Subject, wish: Wish) -> Searched:
         InfeasibleError: none fits; says the bytes short and what would fit.
         PinError: pins that do not fit.
     """
-    return _Search(subject, wish).run()
+    with _no_collections():
+        return _Search(subject, wish).run()
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """No garbage collections: a search makes millions of small values and no cycles."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass

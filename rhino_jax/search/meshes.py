@@ -15,7 +15,7 @@ from rhino_jax.ir.mesh import Mesh
 
 NAMES = ("x", "y", "z")
 MOST_AXES = len(NAMES)
-MOST_MESHES = (4, 10)
+MOST_MESHES = (3, 7)
 """By optimization level."""
 
 
@@ -24,7 +24,7 @@ def candidate_meshes(cluster: Cluster, level: int) -> tuple[Mesh, ...]:
 
     >>> from rhino_jax.cluster.parse import parse_cluster
     >>> [str(mesh) for mesh in candidate_meshes(parse_cluster("h100:2x8"), 1)]
-    ['x=16', 'x=2, y=8', 'x=4, y=4', 'x=8, y=2']
+    ['x=16', 'x=2, y=8', 'x=4, y=4']
     >>> [str(mesh) for mesh in candidate_meshes(parse_cluster("v5e:4x4"), 1)]
     ['x=4, y=4', 'x=4, y=2, z=2', 'x=2, y=2, z=4']
     """
