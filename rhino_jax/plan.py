@@ -68,7 +68,8 @@ class Predicted:
 
     ``step_seconds`` is compute and communication one after the other.
     ``limit_bytes`` is what ``peak_bytes`` had to stay within; ``flops`` are those of
-    matrix products and convolutions.
+    matrix products and convolutions. ``byte_seconds`` is what the search would pay for
+    a byte less in memory; 0 where memory was no concern.
     """
 
     step_seconds: float
@@ -77,6 +78,7 @@ class Predicted:
     peak_bytes: int
     limit_bytes: int
     flops: float = 0.0
+    byte_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

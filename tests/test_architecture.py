@@ -33,7 +33,7 @@ BELOW_API = {
     "lower": "errors options ir rules plan compat",
     "verify": "errors plan ir compat cluster cost",
     "runtime": "errors options ir plan compat lower",
-    "report": "errors plan ir cost",
+    "report": "errors plan ir cost search",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
     "api": {*BELOW_API},

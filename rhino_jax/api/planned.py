@@ -12,13 +12,19 @@ import jax
 
 from rhino_jax.api.activations import activations
 from rhino_jax.api.entry import parted
+from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cluster.topology import linked
 from rhino_jax.errors import MeshError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.lower.devices import device_mesh
 from rhino_jax.lower.program import as_function, jit_step
 from rhino_jax.lower.program import shardings as named_shardings
 from rhino_jax.plan import Plan, Predicted
-from rhino_jax.report.text import plan_text
+from rhino_jax.report.text import explanation_text, plan_text
+from rhino_jax.search.explain import explain
+from rhino_jax.search.pins import position_of
+from rhino_jax.search.planner import Request
+from rhino_jax.search.prices import ClusterPrices
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import Traced
 from rhino_jax.verify.audit import Audit, PlannedCollective, audit
@@ -46,6 +52,30 @@ class Planned:
     def predicted(self) -> Predicted | None:
         """What the search predicted of one step; None for a recipe's plan."""
         return self.plan.predicted
+
+    def explain(self, path: str) -> str:
+        """Why the input at ``path`` lies as it does: what else it could have been.
+
+        Every other layout with the seconds of the best plan that has it, as the search
+        sees them (nothing overlapped).
+
+        Raises:
+            PinError: no input of that path (nearest names).
+        """
+        subject = subject_of(self.traced)
+        position = position_of(path, subject.input_paths)
+        cluster = parse_cluster(
+            self.plan.cluster or f"cpu:{self.plan.mesh.num_devices}"
+        )
+        predicted = self.plan.predicted
+        mesh = linked(cluster, self.plan.mesh)
+        request = Request(
+            mesh,
+            ClusterPrices(cluster),
+            predicted.byte_seconds if predicted else 0.0,
+        )
+        chosen = self.plan.assignment.inputs[position]
+        return explanation_text(explain(subject, request, position, chosen), mesh)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; :func:`rhino_jax.plan` takes it back."""

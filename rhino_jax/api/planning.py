@@ -11,6 +11,7 @@ import jax
 
 from rhino_jax import compat
 from rhino_jax.api.attached import attached_cluster
+from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster
@@ -89,7 +90,16 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     """
     if options.recipe:
         return _by_recipe(traced, options)
-    return _by_search(traced, options)
+    folder = folder_of(options)
+    if folder is None:
+        return _by_search(traced, options)
+    key = key_of(traced, cluster_of(options), options)
+    kept = read_plan(folder, key)
+    if kept is not None:
+        return bind(kept, traced, options)
+    found = _by_search(traced, options)
+    write_plan(folder, key, found.plan)
+    return found
 
 
 def _by_search(traced: Traced, options: Options) -> Planned:
@@ -134,6 +144,7 @@ def _predicted(best: Candidate, limit_bytes: int) -> Predicted:
         one.peak_bytes,
         limit_bytes,
         one.flops,
+        best.byte_seconds,
     )
 
 

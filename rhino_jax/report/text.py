@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from rhino_jax.ir.layout import contiguous
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import itemsize, short_dtype
-from rhino_jax.plan import Collective, Leaf, Plan
+from rhino_jax.plan import Collective, Leaf, Plan, Predicted
+from rhino_jax.search.explain import Explanation
 
 WIDTH = 100
 UNITS = ("KiB", "MiB", "GiB", "TiB")
@@ -40,7 +41,10 @@ def plan_text(plan: Plan, activations: Iterable[Leaf] = ()) -> str:
     how = [plan.recipe and f"recipe {plan.recipe}", f"lowering {plan.lowering}"]
     if plan.microbatches > 1:
         how.append(f"{plan.microbatches} microbatches")
+    how += [f"remat {policy}" for _, policy in plan.remat]
     console.print(" · ".join(part for part in how if part))
+    if plan.predicted:
+        console.print(predicted_text(plan.predicted))
     for heading, leaves in (
         ("inputs", plan.inputs),
         ("activations", tuple(activations)),
@@ -58,6 +62,58 @@ def plan_text(plan: Plan, activations: Iterable[Leaf] = ()) -> str:
         console.print("no collectives")
     for note in plan.notes:
         console.print(f"note: {note}")
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def predicted_text(one: Predicted) -> str:
+    """Seconds and memory of a step, in a line."""
+    return (
+        f"predicted {seconds_text(one.step_seconds)} a step "
+        f"({seconds_text(one.compute_seconds)} compute, "
+        f"{seconds_text(one.comm_seconds)} communication) · "
+        f"{bytes_text(one.peak_bytes)} of {bytes_text(one.limit_bytes)} a device"
+    )
+
+
+def seconds_text(seconds: float) -> str:
+    """A time as people read it.
+
+    >>> seconds_text(0.0123), seconds_text(2.5), seconds_text(4e-6)
+    ('12.3 ms', '2.5 s', '4.0 us')
+    """
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 1e-6:.1f} us"
+
+
+def explanation_text(found: Explanation, mesh: Mesh) -> str:
+    """The alternatives of one input as a table, the planned one marked."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, width=WIDTH, color_system=None, highlight=False)
+    shape = ",".join(map(str, found.shape))
+    console.print(f"{found.path}: {short_dtype(found.dtype)}[{shape}]", markup=False)
+    best = min(one.seconds for one in found.alternatives)
+    rows = []
+    for one in found.alternatives:
+        leaf = Leaf(found.path, found.shape, found.dtype, one.layout)
+        more = one.seconds - best
+        rows.append(
+            (
+                "planned" if one.chosen else "",
+                spec_text(leaf, mesh),
+                bytes_text(one.input_bytes),
+                seconds_text(one.seconds),
+                f"+ {seconds_text(more)}" if more > 0 else "",
+            )
+        )
+    headings = ("", "PartitionSpec", "per device", "best plan", "dearer by")
+    console.print(_table(headings, rows, numbers=3))
+    if found.forced:
+        console.print(found.forced)
+    console.print(f"read by {', '.join(found.readers[:4])}", markup=False)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 

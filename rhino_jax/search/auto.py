@@ -66,7 +66,7 @@ class Candidate:
     prediction: Prediction
     remat: str
     microbatches: int
-    memory_price: float
+    byte_seconds: float
 
     def __str__(self) -> str:
         seconds, peak = self.prediction.step_seconds, self.prediction.peak_bytes
@@ -191,15 +191,15 @@ class _Search:
         seen: set[Answer] = set()
         answer = one.answer
         for price in LADDER:
+            per_byte = price * seconds / self.wish.limit_bytes
             if price:
-                per_byte = price * seconds / self.wish.limit_bytes
                 ticks = per_byte * self.prices.ticks_per_second
                 answer = search_axes(one.energy, starts(one.energy), 1, ticks)
             if answer in seen:
                 continue
             seen.add(answer)
             with self._reading():
-                found = self._candidate(subject, one, answer, policy, count, price)
+                found = self._candidate(subject, one, answer, policy, count, per_byte)
             if found is None:
                 return
             yield found
@@ -213,7 +213,7 @@ class _Search:
         answer: Answer,
         policy: str,
         count: int,
-        price: float,
+        byte_seconds: float,
     ) -> Candidate | None:
         assignment = written(one.reading, one.energy, answer).assignment
         mesh = one.energy.mesh
@@ -235,7 +235,9 @@ class _Search:
             rule_of,
             self.wish.donated,
         )
-        return Candidate(subject, mesh, assignment, prediction, policy, count, price)
+        return Candidate(
+            subject, mesh, assignment, prediction, policy, count, byte_seconds
+        )
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

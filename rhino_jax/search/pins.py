@@ -64,6 +64,21 @@ def matches(pattern: str, path: str) -> bool:
     )
 
 
+def position_of(path: str, paths: Sequence[str]) -> int:
+    """The one input that ``path`` means.
+
+    Raises:
+        PinError: it means none (nearest names) or several.
+    """
+    hits = [i for i, known in enumerate(paths) if matches(path, known)]
+    if len(hits) == 1 or path in paths:
+        return paths.index(path) if path in paths else hits[0]
+    if hits:
+        named = ", ".join(paths[i] for i in hits[:5])
+        raise PinError(f"{path!r} means {len(hits)} inputs ({named}); name one")
+    raise PinError(_unknown(path, paths))
+
+
 def names_in(program: Program) -> frozenset[str]:
     """Every ``rhino.name`` given inside a Program."""
     return frozenset(op.param["name"] for _, op in program.walk() if op.kind == "name")

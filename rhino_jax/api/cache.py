@@ -1,0 +1,100 @@
+"""Plans kept on disk, by the content of everything that a plan depends on.
+
+The key holds the Program's digest, its paths and its state, the cluster's figures, the
+options and the sources of the rooms that plan: another Rhino never reads this one's
+plans. Files are whole plans with their checksums, written once and renamed into place;
+what is damaged is planned again. Folders may be shared between users and machines.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from rhino_jax.cluster.topology import Cluster
+from rhino_jax.errors import OptionsError, PlanFileError
+from rhino_jax.options import Options
+from rhino_jax.plan import Plan
+from rhino_jax.trace import Traced
+
+DEFAULT_FOLDER = Path("~/.cache/rhino_jax/plans")
+PACKAGE = Path(__file__).parents[1]
+PLANNING = ("ir", "rules", "cluster", "cost", "search", "plan.py")
+"""Rooms whose sources decide what a plan is."""
+
+
+def folder_of(options: Options) -> Path | None:
+    """Where plans are kept; None where none are."""
+    if options.cache_dir == "":
+        return None
+    return Path(options.cache_dir or DEFAULT_FOLDER).expanduser()
+
+
+def key_of(traced: Traced, cluster: Cluster, options: Options) -> str:
+    """A hash of all that the plan depends on."""
+    asked = [
+        f"{name}={getattr(options, name)!r}"
+        for name in options.__dataclass_fields__
+        if name not in ("cache_dir", "mesh", "pins", "static_argnums")
+    ]
+    mesh = getattr(options.mesh, "shape", options.mesh)
+    pins = sorted((str(key), str(spec)) for key, spec in options.pins.items())
+    parts = (
+        traced.program.digest,
+        traced.input_paths,
+        traced.state_pairs,
+        traced.donated,
+        cluster,
+        asked,
+        tuple(dict(mesh or {}).items()),
+        pins,
+        sources(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@cache
+def sources() -> str:
+    """A hash of the rooms that plan."""
+    hasher = hashlib.sha256()
+    for room in PLANNING:
+        place = PACKAGE / room
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            hasher.update(file.relative_to(PACKAGE).as_posix().encode())
+            hasher.update(file.read_bytes())
+    return hasher.hexdigest()
+
+
+def read_plan(folder: Path, key: str) -> Plan | None:
+    """The plan under ``key``; None where there is none, or a damaged one."""
+    try:
+        return Plan.load(_place(folder, key))
+    except PlanFileError:
+        return None
+
+
+def write_plan(folder: Path, key: str, plan: Plan) -> None:
+    """Keep ``plan``; of several writers each renames a file of its own.
+
+    Raises:
+        OptionsError: ``folder`` is no place to write to.
+    """
+    place = _place(folder, key)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=place.parent, suffix=".part")
+        with os.fdopen(handle, "w") as file:
+            file.write(plan.to_json() + "\n")
+        Path(name).replace(place)
+    except OSError as error:
+        raise OptionsError(
+            f"cache_dir: {folder} can not be written ({error}); name another "
+            'cache_dir, or cache_dir="" to keep no plans'
+        ) from error
+
+
+def _place(folder: Path, key: str) -> Path:
+    return folder / key[:2] / f"{key}.json"
