@@ -44,6 +44,9 @@ SIZES = {
     "tiny": Config(vocab=128, hidden=64, heads=8, layers=2, seq=16, batch=16),
     "medium": Config(vocab=8192, hidden=1024, heads=16, layers=4, seq=256, batch=32),
     "large": Config(vocab=51200, hidden=2048, heads=32, layers=24, seq=1024, batch=64),
+    "7B": Config(vocab=51200, hidden=4096, heads=32, layers=32, seq=2048, batch=64),
+    "70B": Config(vocab=51200, hidden=8192, heads=64, layers=80, seq=2048, batch=64),
+    "175B": Config(vocab=51200, hidden=12288, heads=96, layers=96, seq=2048, batch=64),
 }
 
 

@@ -68,11 +68,12 @@ def descend(
         settled.add(axis)
         found = solve(problem, incumbent)
         slots = chosen(domains, found.answer)
-        proven = found.optimal and (best is None or best.proven)
+        if len(settled) < len(order):
+            continue  # what is asked of the axes to come is not met yet
         idle = idle + 1 if best is not None and found.cost >= best.ticks else 0
         if best is None or found.cost < best.ticks:
-            best = Answer(slots, found.cost, proven)
-        if idle >= len(order) - 1 and len(settled) == len(order):
+            best = Answer(slots, found.cost, found.optimal)
+        if idle >= len(order) - 1:
             break
     assert best is not None, "a mesh without axes has one answer"
     return best

@@ -87,11 +87,10 @@ class Kind:
         """The ways to change one axis of ``at``, what stands there first."""
         key = at, axis
         if key not in self._domains:
-            changed = (
-                (*at[:axis], slot, *at[axis + 1 :])
-                for slot in self.options(self.mesh.names[axis])
-            )
-            self._domains[key] = self.domain((at, *changed))
+            options = self.options(self.mesh.names[axis])
+            changed = ((*at[:axis], slot, *at[axis + 1 :]) for slot in options)
+            stays = (at,) if at[axis] in options else ()
+            self._domains[key] = self.domain((*stays, *changed))
         return self._domains[key]
 
     def domain(self, slots: Iterable[Slots]) -> Domain:
