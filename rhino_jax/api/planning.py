@@ -90,6 +90,7 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     """
     if options.recipe:
         return _by_recipe(traced, options)
+    _where(options)  # what is wrong with a mesh is said before anything is looked up
     folder = folder_of(options)
     if folder is None:
         return _by_search(traced, options)

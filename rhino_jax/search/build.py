@@ -63,6 +63,7 @@ class _Builder:
         self.graph = graph
         self.facts = facts
         self.made: dict[object, int] = {}
+        self.terms: dict[int, int] = {}
 
     def run(self) -> Graph:
         program, facts = self.graph.program, self.facts
@@ -164,11 +165,13 @@ class _Builder:
         """The port that several readers of one group share, where they need one.
 
         What a light op makes is settled by it, if several read it: only products that
-        read it may want it elsewhere together.
+        read it may want it elsewhere together. One that adds up two values that may
+        both be partial is left to settle the sum: once, not each of them.
         """
         count, products = self._readers(scope, v, group)
         maker = self.graph.vars[source.var]
-        if count > 1 and maker.op is not None and is_light_kind(maker):
+        light = maker.op is not None and is_light_kind(maker)
+        if count > 1 and light and self.terms.get(source.var, 0) < 2:
             maker.settled = True
             count = products
         if count <= 1:
@@ -211,11 +214,36 @@ class _Builder:
             var = self._site(scope, index, op)
             for i, v in enumerate(op.operands):
                 self._read(scope, v, region, Endpoint(var, -1 - i))
+            self.terms[var] = self._terms(scope, op, var)
             for r, v in enumerate(op.results):
                 scope.env[v] = Endpoint(var, r)
                 if not scope.path and self._is_saved(index, v):
                     held = self.graph.vars[var].held
                     held[r] = held.get(r, 0) + 1
+
+    def _terms(self, scope: _Scope, op: Op, var: int) -> int:
+        """How many operands of one flow may be partial together."""
+        rule = self.graph.vars[var].rule
+        assert rule is not None
+        return max(
+            (
+                sum(self._may_be_partial(scope, op.operands[i]) for i in flow.operands)
+                for flow in rule.flows
+            ),
+            default=0,
+        )
+
+    def _may_be_partial(self, scope: _Scope, v: int) -> bool:
+        literal = scope.program.values[v].literal is not None
+        source = None if literal else scope.env[v]
+        if source is None:
+            return False
+        maker = self.graph.vars[source.var]
+        if maker.op is None:
+            return maker.role == SUMMED
+        if not is_light_kind(maker):
+            return True
+        return not maker.settled and self.terms.get(source.var, 0) > 0
 
     def _is_saved(self, index: int, v: int) -> bool:
         region = self.facts.region

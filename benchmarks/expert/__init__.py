@@ -1,0 +1,1 @@
+"""The small programs of published expert plans, as train steps for one device."""
