@@ -68,10 +68,13 @@ def placed(entry: Entry, leaves: list[Any]) -> tuple[list[Any], list[str]]:
 def _copied_to(x: Any, where: jax.sharding.Sharding) -> jax.Array:
     """``x`` laid as ``where`` says; it keeps no buffer of ``x``, which may be donated.
 
-    ``device_put`` does so where a device is in both, whatever ``may_alias`` says.
+    ``device_put`` does so where a device is in both, whatever ``may_alias`` says; on a
+    CPU it keeps the memory of a NumPy array too, which two leaves may share.
     """
     if concrete(x) and x.sharding.device_set & where.device_set:
         x = x.copy()
+    elif isinstance(x, np.ndarray):
+        x = np.array(x)
     return jax.device_put(x, where)
 
 

@@ -255,7 +255,10 @@ class _Search:
             f"no plan fits {limit / 2**30:.2f} GiB a device on {self.wish.cluster.name}"
         )
         if not self.considered:
-            return InfeasibleError(problems(f"{what}:", self.notes))
+            asked = f"microbatches={self.wish.microbatches} can not be:"
+            return InfeasibleError(
+                problems(asked, self.notes, "Leave microbatches to the search.")
+            )
         near = min(self.considered, key=lambda c: c.prediction.peak_bytes)
         peak = near.prediction.peak_bytes
         devices = self.wish.cluster.num_devices
