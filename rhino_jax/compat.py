@@ -38,7 +38,13 @@ def bind(eqn: Any, args: Sequence[Any], changed: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def as_written(eqn: Any) -> Iterator[None]:
-    """Give what is traced inside the source line and name stack of ``eqn``."""
+    """Give what is traced inside the source line and name stack of ``eqn``.
+
+    An op that a rewrite has added has no equation: what surrounds it stands.
+    """
+    if eqn is None:
+        yield
+        return
     stack = _source.current_name_stack() + eqn.source_info.name_stack
     with (
         _source.user_context(eqn.source_info.traceback, name_stack=stack),

@@ -21,6 +21,7 @@ from rhino_jax.cost.instructions import (
     OVERWRITES,
     PARTIAL_READERS,
     REDUCING,
+    REMATERIALIZE,
     RENAMING,
     RESIZING,
     ROLES,
@@ -287,7 +288,7 @@ class _Unfolding:
         if op.kind == "remat2":
             self.inline(frame, op, plan, reads, given, place)
             return
-        if op.kind == BARRIER:
+        if op.kind in (BARRIER, REMATERIALIZE):
             for v, layout, read in zip(op.results, given, reads, strict=True):
                 frame.put(v, layout, read)
             self.pinned.update(dict.fromkeys(reads))

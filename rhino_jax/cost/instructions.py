@@ -24,6 +24,7 @@ RENAMING = frozenset(("reshape", "squeeze", "transpose", "expand_dims", "copy_p"
 RESIZING = frozenset(("broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min"))
 """These rename too where they neither add nor drop anything but dimensions of 1."""
 BARRIER = "optimization_barrier"
+REMATERIALIZE = "rematerialize"
 STORE, TAKE = "store", "take"
 """A body's slice written to a stacked output, and read from a stacked input."""
 ACCUMULATE = "accumulate"

@@ -91,6 +91,9 @@ class _Replay:
                 for inner, done in zip(op.programs, plan.inner, strict=True)
             ]
             return CONTROL[op.kind](op, bodies, ins)
+        if op.source is None:
+            assert op.kind == "rematerialize", f"{op.kind} has no equation"
+            return lax.optimization_barrier(ins)
         out = compat.bind(op.source, ins, {})
         return out if isinstance(out, list | tuple) else [out]
 

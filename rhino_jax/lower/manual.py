@@ -76,6 +76,19 @@ class Frame:
         self.versions[anchor] = dict(zip(layouts, waited, strict=True))
         return source
 
+    def after(
+        self, waits: Sequence[int], args: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        """``args``, no sooner than the values ``waits`` are there, as they lie now."""
+        held = [(v, x) for v in waits for x in self.versions.get(v, {})]
+        if not held:
+            return args
+        arrays = [self.versions[v][x] for v, x in held]
+        done = lax.optimization_barrier((*args, *arrays))
+        for (v, x), array in zip(held, done[len(args) :], strict=True):
+            self.versions[v] = {**self.versions[v], x: array}
+        return done[: len(args)]
+
 
 def _literal(program: Program, value: int) -> jax.Array:
     v = program.values[value]
@@ -139,6 +152,7 @@ def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
         ]
         outs = CONTROL[op.kind](op, bodies, args)
     else:
+        args = frame.after(op.param.get("waits", ()), args)
         shard = Shard(
             op,
             rule,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rhino_jax.ir.factors import Dims, Factor, Rule
 from rhino_jax.ir.program import Op, Value
-from rhino_jax.rules.notation import RuleFn, names, plain, sums
+from rhino_jax.rules.notation import RuleFn, elementwise, names, plain, sums
 
 
 def transpose(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
@@ -167,7 +167,13 @@ def optimization_barrier(
     return Rule(tuple(factors), tuple(dims), tuple(dims), flows)
 
 
+def rematerialize(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
+    """Two arrays of one shape as they are, each once the other is there."""
+    return elementwise(reads, makes)
+
+
 RULES: Mapping[str, RuleFn] = {
+    "rematerialize": rematerialize,
     "optimization_barrier": optimization_barrier,
     "transpose": transpose,
     "broadcast_in_dim": broadcast_in_dim,

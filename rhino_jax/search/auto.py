@@ -34,6 +34,10 @@ LADDER = (0.0, 0.1, 0.4, 1.5, 6.0, 25.0)
 """Prices of a byte: the device's whole memory is worth this many steps."""
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+NOTHING = (
+    "remat boundary changes nothing: layers are scanned, or there is one only; wrap a "
+    "scanned layer in jax.checkpoint"
+)
 PREDICTED = (1, 3)
 """Meshes predicted as they will run, by optimization level."""
 
@@ -162,7 +166,9 @@ class _Search:
             pairs, batch = self.subject.pairs, self.subject.batch_inputs
             program = apply_remat(self.subject.program, pairs, batch, policy)
             if policy != NONE and program is self.subject.program:
-                continue
+                if not self.wish.remat:
+                    continue
+                self.notes[NOTHING] = None
             subject = replace(self.subject, program=program)
             yield from self._on_meshes(subject, policy, counts)
 

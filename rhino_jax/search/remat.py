@@ -1,12 +1,33 @@
-"""Rematerialization policies as Program rewrites."""
+"""Rematerialization: a Program in which the backward pass recomputes what it reads.
+
+Under the policy "boundary" a layer keeps what enters it. Right before its backward half
+stands a copy of the forward ops that the backward half needs, made from the entry and
+the parameters; the backward half reads the copies. The entry passes a ``rematerialize``
+op together with the cotangent that enters the layer's backward half, which goes on
+from there: without it compilers would see that the copies compute what is known
+already, or compute them long before they are needed. The gradients of the layer behind
+it pass too (its ``waits``): left alone, compilers compute those of all layers at the
+end, and keep every copy until then.
+
+The search and the recipes plan the new Program like any other. Scanned layers are left
+as they are: wrap their body in ``jax.checkpoint``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from rhino_jax.ir.program import Program
+from rhino_jax.ir.analysis.cuts import cuts
+from rhino_jax.ir.analysis.regions import BACKWARD, EPILOGUE, Regions, regions
+from rhino_jax.ir.analysis.segments import Segment, Segmentation, segments
+from rhino_jax.ir.check import check
+from rhino_jax.ir.program import Op, Program, Value
+from rhino_jax.rules import HEAVY
 
 NONE, BOUNDARY = "none", "boundary"
+REMATERIALIZE = "rematerialize"
+MARK = "rematted"
 
 
 def apply_remat(
@@ -15,5 +36,150 @@ def apply_remat(
     batch_inputs: Collection[int],
     policy: str,
 ) -> Program:
-    """``program`` under ``policy``; itself where the policy changes nothing."""
-    return program
+    """``program`` under ``policy``; the same object where that changes nothing.
+
+    Args:
+        pairs: positions of state inputs and of the outputs that succeed them.
+        batch_inputs: positions of what a call brings anew.
+        policy: "none" or "boundary".
+    """
+    if policy == NONE:
+        return program
+    assert policy == BOUNDARY, policy
+    found = regions(program, pairs, batch_inputs)
+    places = cuts(program, found, pairs, HEAVY)
+    divided = segments(program, found, places, pairs, HEAVY)
+    work = _Rewriting(program, found, divided)
+    for segment in divided.segments:
+        work.add(segment)
+    return work.finish()
+
+
+@dataclass
+class _Rewriting:
+    program: Program
+    regions: Regions
+    divided: Segmentation
+    values: list[Value] = field(default_factory=list)
+    before: dict[int, list[Op]] = field(default_factory=dict)
+    changed: dict[int, dict[int, int]] = field(default_factory=dict)
+
+    def add(self, segment: Segment) -> None:
+        """Have ``segment`` recomputed, where that saves something."""
+        if not segment.backward or not segment.entry:
+            return
+        place = segment.backward[0]
+        readers = [i for i in segment.backward if i >= place]
+        copied = self._needed(segment, readers)
+        barriers = list(self._barriers(segment, place, copied))
+        if not copied or not barriers:
+            return
+        if any(self.program.ops[i].effects for i in copied):
+            return
+        renamed: dict[int, int] = {}
+        waited: dict[int, int] = {}
+        waits = self._gradients(segment.index + 1, place)
+        ops = [
+            self._barrier(v, anchor, place, renamed, waited, waits)
+            for v, anchor in barriers
+        ]
+        ops += [self._copy(i, renamed) for i in copied]
+        self.before.setdefault(place, []).extend(ops)
+        made = {v for i in copied for v in self.program.ops[i].results} | set(waited)
+        renamed.update(waited)
+        for index in readers:
+            reads = made.intersection(self.program.ops[index].operands)
+            if reads:
+                names = self.changed.setdefault(index, {})
+                names.update((v, renamed[v]) for v in reads)
+
+    def _needed(self, segment: Segment, readers: Sequence[int]) -> list[int]:
+        """The forward ops to copy: what is read later, back to the entry."""
+        kept = {*segment.entry, *segment.exit}
+        ahead = frozenset(segment.forward)
+        wanted = {v for i in readers for v in self.program.ops[i].operands}
+        copied = []
+        for index in sorted(ahead, reverse=True):
+            op = self.program.ops[index]
+            if not wanted.isdisjoint(set(op.results) - kept):
+                copied.append(index)
+                wanted.update(op.operands)
+        return copied[::-1]
+
+    def _barriers(
+        self, segment: Segment, place: int, copied: Sequence[int]
+    ) -> Iterator[tuple[int, int]]:
+        """Entries that the copies read, each with a cotangent of its shape."""
+        reads = {v for i in copied for v in self.program.ops[i].operands}
+        for v in segment.entry:
+            anchor = self._anchor(segment, place, self.program.values[v])
+            if v in reads and anchor is not None:
+                yield v, anchor
+
+    def _anchor(self, segment: Segment, place: int, like: Value) -> int | None:
+        """A cotangent that enters the backward half, of one shape and type."""
+        producer = self.program.producer
+        for index in segment.backward:
+            for v in self.program.ops[index].operands:
+                made = producer.get(v, place)
+                if made < place and self.regions.of[made] in (BACKWARD, EPILOGUE):
+                    value = self.program.values[v]
+                    if (value.shape, value.dtype) == (like.shape, like.dtype):
+                        return v
+        return None
+
+    def _gradients(self, index: int, place: int) -> tuple[int, ...]:
+        """What a segment's backward half gives to the epilogue before ``place``."""
+        if index >= len(self.divided.segments):
+            return ()
+        return tuple(
+            v
+            for i in self.divided.segments[index].backward
+            if i < place
+            for v in self.program.ops[i].results
+            if any(self.regions.of[j] == EPILOGUE for j in self.program.uses.get(v, ()))
+        )
+
+    def _new(self, like: int) -> int:
+        value = replace(self.program.values[like], name="")
+        self.values.append(value)
+        return len(self.program.values) + len(self.values) - 1
+
+    def _barrier(
+        self,
+        v: int,
+        anchor: int,
+        place: int,
+        renamed: dict[int, int],
+        waited: dict[int, int],
+        waits: tuple[int, ...],
+    ) -> Op:
+        reads = v, waited.get(anchor, anchor)
+        renamed[v], waited[anchor] = self._new(v), self._new(anchor)
+        where = self.program.ops[place].where
+        makes = renamed[v], waited[anchor]
+        return Op(REMATERIALIZE, reads, makes, (("waits", waits),), where=where)
+
+    def _copy(self, index: int, renamed: dict[int, int]) -> Op:
+        op = self.program.ops[index]
+        operands = tuple(renamed.get(v, v) for v in op.operands)
+        results = tuple(self._new(v) for v in op.results)
+        renamed.update(zip(op.results, results, strict=True))
+        stack = f"transpose({op.where.name_stack})/{MARK}"
+        where = replace(op.where, name_stack=stack)
+        return replace(op, operands=operands, results=results, where=where)
+
+    def finish(self) -> Program:
+        if not self.before:
+            return self.program
+        ops: list[Op] = []
+        for index, op in enumerate(self.program.ops):
+            ops += self.before.get(index, ())
+            names = self.changed.get(index)
+            if names:
+                op = replace(op, operands=tuple(names.get(v, v) for v in op.operands))
+            ops.append(op)
+        program = replace(
+            self.program, values=(*self.program.values, *self.values), ops=tuple(ops)
+        )
+        return check(program, "rematerialization")

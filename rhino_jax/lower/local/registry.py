@@ -55,10 +55,12 @@ def run_local(shard: Shard, args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
 
     Pads of operands along a ragged reduction are filled with the neutral element
     first, so no local form has to think of them. An op with no local form, or whose
-    choice splits nothing, runs as the primitive itself.
+    choice splits nothing, runs as the primitive itself; one that a rewrite has added
+    is no primitive.
     """
     split_something = any(axis for _, axis in shard.choice.splits)
-    form = LOCALS.get(shard.op.kind, as_it_stands) if split_something else as_it_stands
+    own = split_something or shard.op.source is None
+    form = LOCALS.get(shard.op.kind, as_it_stands) if own else as_it_stands
     out = form(shard, *_filled(shard, args))
     return tuple(out) if isinstance(out, list | tuple) else (out,)
 

@@ -23,7 +23,12 @@ def _split(shard: Shard, x: jax.Array) -> list[jax.Array]:
     return shard.bind(x, sizes=sizes)
 
 
+def _rematerialize(shard: Shard, *args: jax.Array) -> list[jax.Array]:
+    return list(jax.lax.optimization_barrier(args))
+
+
 LOCALS: Mapping[str, LocalFn] = {
+    "rematerialize": _rematerialize,
     "optimization_barrier": as_it_stands,
     "transpose": as_it_stands,
     "broadcast_in_dim": _broadcast_in_dim,
