@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from rhino_jax.plan import Plan
 
 REMEMBERED_CALLS = 256
+MOST_TIGHTENED = 4
+"""How often a plan that runs out of memory is made again for less."""
 
 
 class ParallelFunction:
@@ -115,6 +118,15 @@ class ParallelFunction:
         """A call that failed: once more for its own signature, or the error itself."""
         from rhino_jax.lower.program import SignatureChanged
 
+        for _ in range(MOST_TIGHTENED):
+            if not out_of_memory(error) or entry.planned.plan.predicted is None:
+                break
+            entry, leaves = self._tightened(entry, args, kwargs)
+            try:
+                result, self._returned = entry.call(leaves)
+                return result, leaves, entry
+            except Exception as again:
+                error = again
         if isinstance(error, SignatureChanged):
             entry, leaves = self._prepared(args, kwargs)
         else:
@@ -124,6 +136,31 @@ class ParallelFunction:
             leaves = moved
         result, self._returned = entry.call(leaves)
         return result, leaves, entry
+
+    def _tightened(
+        self, entry: Entry, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Entry, list[Any]]:
+        """The step planned again for less memory, because its plan did not fit.
+
+        Raises:
+            InfeasibleError: no plan fits the tighter limit.
+        """
+        predicted = entry.planned.plan.predicted
+        assert predicted is not None
+        # What stands beside the plan is not known: take away what was thought to be
+        # free first, then a fifth at a time.
+        limit = min(predicted.limit_bytes, predicted.peak_bytes) * 4 // 5
+        warnings.warn(
+            f"{self.__name__}: out of memory with a plan predicted to need "
+            f"{predicted.peak_bytes / 2**30:.2f} of {predicted.limit_bytes / 2**30:.2f}"
+            f" GiB a device; planned again for {limit / 2**30:.2f} GiB (set "
+            "memory_limit_bytes to say so at once)",
+            stacklevel=_users_level(),
+        )
+        self.options = replace(self.options, memory_limit_bytes=limit)
+        self._entries.remove(entry)
+        self._ready.remove(entry)
+        return self._prepared(args, kwargs)
 
     def _moved(self, entry: Entry, leaves: list[Any]) -> list[Any]:
         """Committed arrays that lie elsewhere, moved; the first time with a notice."""
@@ -275,6 +312,15 @@ def _signature(
     rest, keywords, static = split(args, kwargs, keys)
     leaves, tree = jax.tree.flatten((rest, keywords))
     return leaves, tree, static, tuple(map(aval_of, leaves))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device had not the memory that a call needs.
+
+    >>> out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying"))
+    True
+    """
+    return isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _make_ready(entry: Entry) -> None:

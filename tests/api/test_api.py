@@ -219,3 +219,27 @@ def test_results_must_be_arrays() -> None:
     step = rhino.auto_parallel(lambda w, x: (w, "done"))
     with pytest.raises(errors.TraceError):
         step(jnp.ones(8), jnp.ones((8, 2)))
+
+
+def test_a_plan_that_runs_out_of_memory_is_made_again_for_less() -> None:
+    """The device's refusal is played: simulated devices have all the host's memory."""
+    step = rhino.auto_parallel(mesh=MESH, donate=False, cache_dir="")(train_step)
+    state, batch = init(jax.random.key(0)), make_batch(4096)
+    expected, _ = jax.jit(train_step)(state, batch)
+    step(state, batch)
+    entry = step._ready[0]
+    first = step.plan
+    assert first is not None and first.predicted is not None
+
+    def refuse(*args: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    entry.run = refuse
+    with pytest.warns(UserWarning, match="planned again for"):
+        found, _ = step(state, batch)
+    again = step.plan
+    assert again is not None and again.predicted is not None
+    assert again.predicted.limit_bytes < first.predicted.peak_bytes
+    assert again.predicted.peak_bytes <= again.predicted.limit_bytes
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
