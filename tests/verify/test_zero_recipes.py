@@ -21,8 +21,11 @@ def train_step(state: Any, batch: Any) -> Any:
     params, slots = state
 
     def loss_of(params: Any, x: jax.Array) -> jax.Array:
-        for w in params:
-            x = jnp.tanh(x @ w)
+        if isinstance(params, list):
+            for w in params:
+                x = jnp.tanh(x @ w)
+        else:
+            x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params)
         return jnp.mean(x * x)
 
     def microbatch(total: Any, x: jax.Array) -> Any:
@@ -63,5 +66,30 @@ def test_one_reduce_scatter_a_matrix_after_the_loop(recipe: str, platform: str) 
     # On a torus one axis after the other: the second scatters half of what is left.
     whole = LAYERS * WIDTH * WIDTH * 4
     assert scattered_bytes == (whole * 3 // 2 if platform == "tpu" else whole)
+    reduced = [one for one in facts.collectives if one.kind == "all-reduce"]
+    assert all(one.operand_bytes < 1024 for one in reduced), "a gradient, all-reduced"
+
+
+def stacked(recipe: str, target: str) -> rhino.Planned:
+    """The same, the layers scanned: gradients come stacked out of a loop in a loop."""
+    weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)
+    batch = jax.ShapeDtypeStruct((32768, WIDTH), jnp.float32)
+    return rhino.plan(
+        train_step, (weights, weights), batch, cluster=target, mesh=MESH, recipe=recipe
+    )
+
+
+@pytest.mark.compilers
+@pytest.mark.parametrize("platform", list(TARGETS))
+@pytest.mark.parametrize("recipe", ["zero1", "zero3"])
+def test_stacked_gradients_are_scattered_after_the_loop(
+    recipe: str, platform: str
+) -> None:
+    if not installed(platform):
+        pytest.skip(f"the compiler for {platform} is not installed")
+    facts = stacked(recipe, TARGETS[platform]).compile_only(cache_dir=None)
+    assert facts.ok, facts.message
+    scatters = [one for one in facts.collectives if one.kind == "reduce-scatter"]
+    assert scatters and max(one.trip_count for one in scatters) <= LAYERS
     reduced = [one for one in facts.collectives if one.kind == "all-reduce"]
     assert all(one.operand_bytes < 1024 for one in reduced), "a gradient, all-reduced"
