@@ -503,7 +503,7 @@ UNASKED = set(
     lu_pivots_to_permutation symmetric_product tridiagonal tridiagonal_solve
     log2 one_minus_square eq_to le_to lt_to
     random_bits random_clone random_fold_in random_seed random_split random_unwrap
-    random_wrap copy_p random_gamma_grad
+    random_wrap copy_p random_gamma_grad rematerialize
     """.split()
 )
 
