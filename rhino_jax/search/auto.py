@@ -35,8 +35,8 @@ LADDER = (0.0, 0.1, 0.4, 1.5, 6.0, 25.0)
 
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 NOTHING = (
-    "remat boundary changes nothing: layers are scanned, or there is one only; wrap a "
-    "scanned layer in jax.checkpoint"
+    "remat boundary changes nothing: layers are in a jax.checkpoint already, or there "
+    "is one only"
 )
 PREDICTED = (1, 3)
 """Meshes predicted as they will run, by optimization level."""

@@ -9,8 +9,9 @@ already, or compute them long before they are needed. The gradients of the layer
 it pass too (its ``waits``): left alone, compilers compute those of all layers at the
 end, and keep every copy until then.
 
-The search and the recipes plan the new Program like any other. Scanned layers are left
-as they are: wrap their body in ``jax.checkpoint``.
+The search and the recipes plan the new Program like any other. Scanned layers are
+recomputed turn by turn (:mod:`rhino_jax.search.remat_scans`); no loop over layers is
+copied as a whole, which would save nothing.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from rhino_jax.ir.analysis.segments import Segment, Segmentation, segments
 from rhino_jax.ir.check import check
 from rhino_jax.ir.program import Op, Program, Value
 from rhino_jax.rules import HEAVY
+from rhino_jax.search.remat_scans import (
+    REMATERIALIZE,
+    copied,
+    layer_scans,
+    rematerialize_scans,
+)
 
 NONE, BOUNDARY = "none", "boundary"
-REMATERIALIZE = "rematerialize"
-MARK = "rematted"
 
 
 def apply_remat(
@@ -47,9 +52,14 @@ def apply_remat(
         return program
     assert policy == BOUNDARY, policy
     found = regions(program, pairs, batch_inputs)
+    scanned = rematerialize_scans(program, found)
+    if scanned is not program:
+        program = check(scanned, "rematerialization of scans")
+        found = regions(program, pairs, batch_inputs)
     places = cuts(program, found, pairs, HEAVY)
     divided = segments(program, found, places, pairs, HEAVY)
-    work = _Rewriting(program, found, divided)
+    loops = frozenset(pair.forward for pair in layer_scans(program, found))
+    work = _Rewriting(program, found, divided, loops)
     for segment in divided.segments:
         work.add(segment)
     return work.finish()
@@ -60,6 +70,7 @@ class _Rewriting:
     program: Program
     regions: Regions
     divided: Segmentation
+    loops: frozenset[int]
     values: list[Value] = field(default_factory=list)
     before: dict[int, list[Op]] = field(default_factory=dict)
     changed: dict[int, dict[int, int]] = field(default_factory=dict)
@@ -70,11 +81,11 @@ class _Rewriting:
             return
         place = segment.backward[0]
         readers = [i for i in segment.backward if i >= place]
-        copied = self._needed(segment, readers)
-        barriers = list(self._barriers(segment, place, copied))
-        if not copied or not barriers:
+        needed = self._needed(segment, readers)
+        barriers = list(self._barriers(segment, place, needed))
+        if not needed or not barriers or not self.loops.isdisjoint(needed):
             return
-        if any(self.program.ops[i].effects for i in copied):
+        if any(self.program.ops[i].effects for i in needed):
             return
         renamed: dict[int, int] = {}
         waited: dict[int, int] = {}
@@ -83,9 +94,9 @@ class _Rewriting:
             self._barrier(v, anchor, place, renamed, waited, waits)
             for v, anchor in barriers
         ]
-        ops += [self._copy(i, renamed) for i in copied]
+        ops += [self._copy(i, renamed) for i in needed]
         self.before.setdefault(place, []).extend(ops)
-        made = {v for i in copied for v in self.program.ops[i].results} | set(waited)
+        made = {v for i in needed for v in self.program.ops[i].results} | set(waited)
         renamed.update(waited)
         for index in readers:
             reads = made.intersection(self.program.ops[index].operands)
@@ -98,19 +109,19 @@ class _Rewriting:
         kept = {*segment.entry, *segment.exit}
         ahead = frozenset(segment.forward)
         wanted = {v for i in readers for v in self.program.ops[i].operands}
-        copied = []
+        found = []
         for index in sorted(ahead, reverse=True):
             op = self.program.ops[index]
             if not wanted.isdisjoint(set(op.results) - kept):
-                copied.append(index)
+                found.append(index)
                 wanted.update(op.operands)
-        return copied[::-1]
+        return found[::-1]
 
     def _barriers(
-        self, segment: Segment, place: int, copied: Sequence[int]
+        self, segment: Segment, place: int, needed: Sequence[int]
     ) -> Iterator[tuple[int, int]]:
         """Entries that the copies read, each with a cotangent of its shape."""
-        reads = {v for i in copied for v in self.program.ops[i].operands}
+        reads = {v for i in needed for v in self.program.ops[i].operands}
         for v in segment.entry:
             anchor = self._anchor(segment, place, self.program.values[v])
             if v in reads and anchor is not None:
@@ -165,9 +176,7 @@ class _Rewriting:
         operands = tuple(renamed.get(v, v) for v in op.operands)
         results = tuple(self._new(v) for v in op.results)
         renamed.update(zip(op.results, results, strict=True))
-        stack = f"transpose({op.where.name_stack})/{MARK}"
-        where = replace(op.where, name_stack=stack)
-        return replace(op, operands=operands, results=results, where=where)
+        return copied(op, operands, results)
 
     def finish(self) -> Program:
         if not self.before:

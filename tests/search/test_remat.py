@@ -14,9 +14,9 @@ import rhino_jax as rhino
 from rhino_jax.api.planned import subject_of
 from rhino_jax.ir.analysis.regions import BACKWARD, FORWARD, RESIDUAL, regions
 from rhino_jax.ir.program import Program
-from rhino_jax.search.remat import BOUNDARY, NONE, REMATERIALIZE, apply_remat
+from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
+from rhino_jax.search.remat_scans import REMATERIALIZE
 from rhino_jax.trace import trace
-from tests.search.steps import MLP
 
 LAYERS, WIDTH, HIDDEN, BATCH = 5, 16, 64, 32
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
@@ -89,11 +89,6 @@ def test_the_backward_pass_keeps_what_enters_each_layer() -> None:
     assert again.digest == after.digest
 
 
-def test_scanned_layers_are_left_alone() -> None:
-    program, after, _ = rewritten(MLP[0], MLP[1:], BOUNDARY)
-    assert after is program
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -145,8 +140,9 @@ def test_the_gpu_compiler_needs_less_memory() -> None:
     ]
     state = {"params": shapes, "opt": jax.eval_shape(OPTIMIZER.init, shapes)}
     rows = jax.ShapeDtypeStruct((65536, 256), jnp.float32)
-    peak = {
-        policy: rhino.plan(
+    peak = {}
+    for policy in (NONE, BOUNDARY):
+        planned = rhino.plan(
             train_step,
             state,
             {"x": rows, "y": rows},
@@ -155,8 +151,7 @@ def test_the_gpu_compiler_needs_less_memory() -> None:
             recipe="data_parallel",
             remat=policy,
         )
-        .compile_only()
-        .memory.peak_bytes
-        for policy in (NONE, BOUNDARY)
-    }
+        memory = planned.compile_only().memory
+        assert memory is not None
+        peak[policy] = memory.peak_bytes
     assert peak[BOUNDARY] < 0.6 * peak[NONE]
