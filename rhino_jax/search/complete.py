@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.factors import Rule
@@ -18,8 +19,8 @@ from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.ir.steps import Move
 from rhino_jax.rules import RULES, rule_of
-from rhino_jax.search.follow import choose
-from rhino_jax.search.hints import backward_hints, pulled
+from rhino_jax.search.follow import choose, rows_over
+from rhino_jax.search.hints import backward_hints, pulled, rows_of_slices
 from rhino_jax.search.state import Marks, State
 
 
@@ -28,9 +29,10 @@ class Request:
     """What is given of one Program: its boundary, the mesh, and the axes' roles.
 
     An output that is None is given as it comes: settled, or still partial where
-    ``may_stay_partial`` says so. ``named`` pins values by name: per dimension the
-    axes that split it. ``used``: inputs (positions) that are brought to another layout
-    before their first use.
+    ``may_stay_partial`` says so. ``added_up``: outputs that someone adds up later, so
+    that it is worth to leave a sum partial for longer than its own loop. ``named`` pins
+    values by name: per dimension the axes that split it. ``used``: inputs (positions)
+    that are brought to another layout before their first use.
     """
 
     mesh: Mesh
@@ -40,6 +42,7 @@ class Request:
     marks: tuple[Marks, ...] = ()
     hints: tuple[Layout | None, ...] = ()
     may_stay_partial: frozenset[int] = frozenset()
+    added_up: frozenset[int] = frozenset()
     expert_axes: frozenset[str] = frozenset()
     named: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     used: Mapping[int, Layout] = field(default_factory=dict)
@@ -91,6 +94,7 @@ class _Run:
             dict(zip(program.inputs, marks, strict=True)),
             hints,
             expert_axes=request.expert_axes,
+            rows=rows_of_slices(program),
         )
         for i, (value, layout) in enumerate(
             zip(program.inputs, request.inputs, strict=True)
@@ -229,6 +233,39 @@ class _Run:
             for axis, operator in layout.partial
         )
 
+    def is_added_up(self, value: int) -> bool:
+        """Whether ``value``, partial over data, can stay so until it is added up.
+
+        Every op up to there is linear in it. What reaches no accumulator is better
+        settled at once: whole terms take more memory than their scattered sum.
+        """
+        program = self.program
+        while value not in program.outputs:
+            term = Layout.replicated(len(program.values[value].shape))
+            for axis in self._batch_axes:
+                term = term.with_partial(axis, "sum")
+            if not term.partial or not self._may_flow_on(value, term):
+                return False
+            value, *others = program.ops[program.uses[value][0]].results
+            if others:
+                return False
+        return (
+            program.outputs.count(value) == 1
+            and value not in program.uses
+            and program.outputs.index(value) in self.request.added_up
+        )
+
+    @cached_property
+    def _batch_axes(self) -> tuple[str, ...]:
+        """The data axes that split some of the batch: gradients are partial there."""
+        split = {
+            axis
+            for value in self.program.inputs
+            if self.state.mark(value).batch
+            for axis in self.state.home(value).split_axes
+        }
+        return tuple(axis for axis in self.request.data_axes if axis in split)
+
     def _others_may_flow(
         self, reader: Op, operands: tuple[int, ...], position: int, axis: str
     ) -> bool:
@@ -256,6 +293,10 @@ def _marks(run: _Run, values: tuple[int, ...]) -> tuple[Marks, ...]:
     return tuple(run.state.mark(v) for v in values)
 
 
+def _added_up(run: _Run, op: Op) -> frozenset[int]:
+    return frozenset(i for i, v in enumerate(op.results) if run.is_added_up(v))
+
+
 def _call(run: _Run, op: Op) -> OpPlan:
     """Rematerialization: inputs as they come, outputs as they come."""
     (program,) = op.programs
@@ -267,6 +308,7 @@ def _call(run: _Run, op: Op) -> OpPlan:
         marks=_marks(run, op.operands),
         hints=tuple(run.state.hints.get(v) for v in op.results),
         may_stay_partial=frozenset(range(len(op.results))),
+        added_up=_added_up(run, op),
     )
     done = _body(run, program, request)
     for i, layout in done.wishes.items():
@@ -287,6 +329,7 @@ def _cond(run: _Run, op: Op) -> OpPlan:
             marks=_marks(run, op.operands[1:]),
             hints=tuple(run.state.hints.get(v) for v in op.results),
             may_stay_partial=frozenset(),
+            added_up=frozenset(),
         )
         done = _body(run, program, request).assignment
         outputs = tuple(done.outputs)
@@ -298,7 +341,13 @@ def _while(run: _Run, op: Op) -> OpPlan:
     split, consts = op.param["cond_nconsts"], op.param["body_nconsts"]
     carry = _entering(run, op.operands[split + consts :])
     marks = _marks(run, op.operands)
-    base = replace(run.request, used={}, hints=(), may_stay_partial=frozenset())
+    base = replace(
+        run.request,
+        used={},
+        hints=(),
+        may_stay_partial=frozenset(),
+        added_up=frozenset(),
+    )
     test = replace(
         base,
         inputs=_entering(run, op.operands[:split]) + carry,
@@ -322,14 +371,19 @@ def _scan(run: _Run, op: Op) -> OpPlan:
     """Find carries that come out as they go in, and moves that leave the loop."""
     (program,) = op.programs
     consts, carry = op.param["num_consts"], op.param["num_carry"]
+    marks = list(_marks(run, op.operands))
     entering = list(_entering(run, op.operands))
     for i in range(consts + carry, len(entering)):
-        entering[i] = (
-            entering[i].without(s.axis for s in entering[i].dims[0]).dropped_first()
-        )
-    marks = list(_marks(run, op.operands))
+        shape = run.program.values[op.operands[i]].shape
+        entering[i] = _slice(entering[i], shape, marks[i].batch, run.request.mesh)
     batch = any(m.batch for m in marks)
     sums = accumulators(program, consts, carry)
+    late = frozenset(i for i in _added_up(run, op) if i >= carry)
+    # A stack of scalars is settled in one collective behind the loop.
+    scalars = frozenset(
+        i for i, v in enumerate(program.outputs) if not program.values[v].shape
+    )
+    stays = late | (scalars - frozenset(range(carry)))
     for i in range(carry):
         at = consts + i
         marks[at] = replace(marks[at], batch=marks[at].batch or batch)
@@ -342,7 +396,8 @@ def _scan(run: _Run, op: Op) -> OpPlan:
         outputs=(None,) * len(program.outputs),
         marks=tuple(replace(m, free=i - consts in sums) for i, m in enumerate(marks)),
         hints=(*(None,) * carry, *stacked),
-        may_stay_partial=sums,
+        may_stay_partial=sums | stays,
+        added_up=sums | late,
     )
     for _ in range(4):
         done = _body(run, program, request)
@@ -359,17 +414,31 @@ def _scan(run: _Run, op: Op) -> OpPlan:
         if same:
             break
     forced = request.inputs[consts : consts + carry]
+    terms = frozenset(i for i, x in enumerate(forced) if x.partial)
     request = replace(
         request,
         outputs=(*forced, *(None,) * (len(program.outputs) - carry)),
         hints=(*forced, *stacked),
-        may_stay_partial=frozenset(i for i, x in enumerate(forced) if x.partial),
+        may_stay_partial=terms | stays,
+        added_up=terms | late,
     )
     done = _body(run, program, request)
     for i, layout in done.wishes.items():
         stacked = i >= consts + carry
         run.state.wish(op.operands[i], layout.prepended() if stacked else layout)
     return OpPlan(inner=(done.assignment,))
+
+
+def _slice(stack: Layout, shape: tuple[int, ...], batch: bool, mesh: Mesh) -> Layout:
+    """How one slice of a scanned value enters the loop: the scanned dimension is whole.
+
+    Where that dimension held the split of a batch, the slice's own rows take it.
+    """
+    one = stack.dropped_first()
+    if not batch or not one.rank or one.dims[0]:
+        return one
+    rows = rows_over(shape[1], (s.axis for s in stack.dims[0]), mesh)
+    return replace(one, dims=(rows, *one.dims[1:]))
 
 
 def _hoisted(program: Program, done: Completed, index: int, now: Layout) -> Layout:

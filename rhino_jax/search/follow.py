@@ -8,11 +8,12 @@ weights, and among equals the fewest bytes win; ties prefer the split.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rhino_jax.ir.factors import Choice, Rule, choice_problems, follow, layouts
-from rhino_jax.ir.layout import Layout, Split
+from rhino_jax.ir.layout import Dim, Layout, Split, contiguous
+from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op
 from rhino_jax.search.discover import wished_choice
 from rhino_jax.search.state import State
@@ -60,15 +61,16 @@ def _situation(state: State, op: Op, data_axes: Sequence[str]) -> Hashable:
             )
         )
     makes = tuple(
-        (state.program.values[v].shape, state.hints.get(v)) for v in op.results
+        (state.program.values[v].shape, state.hints.get(v), state.rows.get(v))
+        for v in op.results
     )
     return op.kind, op.params, tuple(known), makes, tuple(data_axes)
 
 
 def _decide(state: State, op: Op, rule: Rule, data_axes: Sequence[str]) -> Choice:
-    choice = Choice()
+    choice = _rows_kept(state, op, rule)
     for axis in state.mesh.names:
-        if state.mesh.size(axis) == 1:
+        if state.mesh.size(axis) == 1 or axis in choice.axes:
             continue
         wished = wished_choice(state, op, rule, choice, axis)
         if wished is not None:
@@ -80,6 +82,36 @@ def _decide(state: State, op: Op, rule: Rule, data_axes: Sequence[str]) -> Choic
             found.sort(key=lambda c: _price(state, op, rule, c, axis))
         choice = found[0].choice
     return choice
+
+
+def _rows_kept(state: State, op: Op, rule: Rule) -> Choice:
+    """The choice of an op that cuts a batch into the slices of a scan, to begin with.
+
+    The scanned dimension will be whole, so a split that would fall on it (or across it)
+    is handed to the rows of each slice instead: one exchange of rows before the loop.
+    """
+    found = state.rows.get(op.results[0]) if op.results else None
+    value = op.operands[0] if op.operands else -1
+    if found is None or not state.mark(value).batch:
+        return Choice()
+    scanned, rows = found
+    dims = rule.operands[0]
+    d = next(d for d, names in enumerate(dims) if scanned in names)
+    splits = state.home(value).dims[d]
+    digits = [follow(rule, dims, d, s, state.mesh.size(s.axis)) for s in splits]
+    if all(digit is not None and digit[0] != scanned for digit in digits):
+        return Choice()
+    size = rule.factor(rows).size
+    choice = Choice.of({rows: rows_over(size, (s.axis for s in splits), state.mesh)})
+    return Choice() if choice_problems(rule, choice, state.mesh) else choice
+
+
+def rows_over(size: int, axes: Iterable[str], mesh: Mesh) -> Dim:
+    """``size`` rows in blocks over the last of ``axes``, as many as divide them."""
+    names = tuple(axes)
+    while names and size % mesh.group_size(names):
+        names = names[1:]
+    return contiguous(size, names, mesh)
 
 
 def _candidates(

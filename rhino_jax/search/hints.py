@@ -46,6 +46,49 @@ def backward_hints(
     return hints
 
 
+def rows_of_slices(program: Program) -> dict[int, tuple[str, str]]:
+    """Reshapes whose result is scanned: which factor is scanned, which is its rows.
+
+    ``x.reshape(microbatches, rows, ...)`` cuts one dimension into both. By the value it
+    gives; ops that only carry the scanned dimension along may stand before the scan.
+    """
+    found = {}
+    for op in program.ops:
+        if op.kind == "scan":
+            for value in op.operands[op.param["num_consts"] + op.param["num_carry"] :]:
+                cut = _cut(program, value)
+                if cut is not None:
+                    found[cut[0]] = cut[1:]
+    return found
+
+
+def _cut(program: Program, value: int) -> tuple[int, str, str] | None:
+    """The value whose leading dimension came to be by cutting a larger one, if any."""
+    dim = 0
+    while value in program.producer:
+        op = program.ops[program.producer[value]]
+        if op.programs or len(op.results) != 1:
+            return None
+        rule = rule_of(program, op)
+        names = rule.results[0][dim]
+        sources = [
+            (operand, d, held)
+            for operand, dims in zip(op.operands, rule.operands, strict=True)
+            for d, held in enumerate(dims)
+            if names[:1] and names[0] in held
+        ]
+        if len(names) != 1 or not sources:
+            return None
+        operand, dim, held = sources[0]
+        inner = held[held.index(names[0]) + 1 :]
+        if inner and op.kind == "reshape":
+            return value, names[0], inner[0]
+        if len(held) != 1:
+            return None
+        value = operand
+    return None
+
+
 def pulled(
     program: Program,
     reads: Mapping[int, frozenset[Layout]],

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from rhino_jax.cost.reshard import route, wire_bytes
+from rhino_jax.cost.reshard import local_bytes, route, wire_bytes
 from rhino_jax.ir.depends import forward
 from rhino_jax.ir.factors import Choice
 from rhino_jax.ir.layout import Layout
@@ -45,6 +45,7 @@ class State:
     expert_axes: frozenset[str] = frozenset()
     stored: dict[int, Layout] = field(default_factory=dict)
     decided: dict[Hashable, Choice] = field(default_factory=dict)
+    rows: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     @cached_property
     def batch_values(self) -> frozenset[int]:
@@ -97,7 +98,9 @@ class State:
         """The moves that bring ``value`` to ``target``, none if it is at hand there.
 
         What was moved in another region (forward, backward) is moved again: a
-        gathered weight is not kept from the forward to the backward pass.
+        gathered weight is not kept from the forward to the backward pass. An activation
+        that did not grow when it was moved is kept: the backward pass holds it either
+        way, and reads it where it is.
         """
         v = self.program.values[value]
         if v.literal is not None and not target.partial:
@@ -111,10 +114,13 @@ class State:
         if home not in held:
             first = (self._move(value, stored, home),)
             held[home] = ""
-        if target == home or held.get(target) == region:
+        if target == home or held.get(target) == region or self._kept(value, target):
             return first
-        always = (home, stored)
-        near = [s for s, where in held.items() if s in always or where == region]
+        near = [
+            s
+            for s, where in held.items()
+            if s in (home, stored) or where == region or self._kept(value, s)
+        ]
         source = min(near, key=lambda s: (self.cost(value, s, target), s != home))
         # A weight moved, or turned around, and gathered for the backward pass: the
         # compiler may see that the forward pass gathered the same.
@@ -122,6 +128,14 @@ class State:
         again = target in held or weight
         held[target] = region
         return (*first, replace(self._move(value, source, target), again=again))
+
+    def _kept(self, value: int, layout: Layout) -> bool:
+        """Whether ``value``, once moved to ``layout``, stays at hand there."""
+        if layout not in self.versions[value] or not self.mark(value).batch:
+            return False
+        v = self.program.values[value]
+        here = local_bytes(v.shape, v.dtype, self.home(value), self.mesh)
+        return local_bytes(v.shape, v.dtype, layout, self.mesh) <= here
 
     def _move(self, value: int, source: Layout, target: Layout) -> Move:
         v = self.program.values[value]

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import pytest
 
-from rhino_jax.search.recipes import RECIPES, applies
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program, Value
+from rhino_jax.search.recipes import RECIPES, applies, completed, place
+from rhino_jax.search.state import Marks, State
 from tests.search import steps
 from tests.search.steps import (
     ATTENTION,
@@ -30,6 +38,8 @@ from tests.search.steps import (
     rows_inside,
     rows_outside,
     state_of,
+    subject_of,
+    updated,
 )
 
 UP, DOWN, HEAD = (WIDTH, HIDDEN), (HIDDEN, WIDTH), (WIDTH, WIDTH)
@@ -155,11 +165,9 @@ def test_experts_exchange_tokens_and_nothing_else() -> None:
     assert [c.kind for c in forward] == ["all-to-all", "all-to-all", "all-reduce"]
     assert forward[0].shape == (EXPERTS, BATCH, steps.CAPACITY, WIDTH)
     rest = Counter(c.kind for c in plan.sent) - Counter(c.kind for c in forward)
-    # Two for the cotangents; the tokens and the results go again for the gradients
-    # of weights and gates.
-    assert set(rest) == {"all-to-all", "all-reduce"}
-    assert 2 <= rest["all-to-all"] <= 4
-    assert rest["all-reduce"] == 1  # the router's gradient
+    # Two for the cotangents, and the router's gradient: exchanged tokens and results
+    # are still there for the gradients of weights and gates.
+    assert rest == {"all-to-all": 2, "all-reduce": 1}
 
 
 BATCHES = {"x": f32(32, WIDTH), "y": f32(32, WIDTH)}
@@ -177,20 +185,109 @@ def test_accumulated_gradients_are_reduced_once_after_the_loop(recipe: str) -> N
     assert plan.input("batch/x") == "[data/8,-]"
 
 
+def followed(step: Callable[..., Any], params: Any, recipe: str, **mesh: int) -> Made:
+    """What following op by op makes of an accumulating step, without the search."""
+    subject, grid = subject_of(step, state_of(params), BATCHES), Mesh.of(**mesh)
+    placement = place(RECIPES[recipe], subject, grid)
+    return Made(subject, grid, placement, completed(placement, subject, grid))
+
+
+def whole_step(recipe: str) -> Counter[tuple[str, tuple[int, ...]]]:
+    """What a step that accumulates the MLP's gradients may send, whatever the loop:
+    each stack of gradients is reduced as one, behind it."""
+    stacks = [(LAYERS, *UP), (LAYERS, *DOWN), HEAD]
+    kind = "all-reduce" if recipe == "data_parallel" else "reduce-scatter"
+    found = LOSS + Counter({(kind, shape): 1 for shape in stacks})
+    if recipe == "zero1":
+        found += Counter({("all-gather", shape): 1 for shape in stacks})
+    if recipe == "zero3":  # layer by layer, in both passes of every microbatch
+        turns = 2 * LAYERS * MICROBATCHES
+        found += Counter({("all-gather", shape): turns for shape in (UP, DOWN)})
+        found += Counter({("all-gather", HEAD): 1})
+    return found
+
+
 @pytest.mark.parametrize("recipe", ["zero1", "zero3", "data_parallel"])
 def test_accumulated_gradients_of_stacked_layers_are_reduced_once(recipe: str) -> None:
-    step = accumulated(mlp_loss, rows_inside)
-    plan = made((step, state_of(MLP_PARAMS), BATCHES), recipe, data=4)
-    reduced = [c for c in plan.sent if c.kind != "all-gather" and c.shape]
-    assert reduced and max(c.count for c in reduced) <= LAYERS
+    plan = followed(accumulated(mlp_loss, rows_inside), MLP_PARAMS, recipe, data=4)
+    assert plan.written() == whole_step(recipe)
 
 
-@pytest.mark.xfail(strict=True, reason="a scanned dimension leaves its axes: no split")
-def test_blocks_of_rows_keep_the_batch_split() -> None:
-    """One exchange of rows before the loop, then every device has its part of each."""
+def test_stacked_gradients_that_are_not_added_up_are_scattered_one_by_one() -> None:
+    """A loop without an accumulator around it holds no whole gradients."""
+
+    def step(state: Any, batch: Any) -> Any:
+        value, grads = jax.value_and_grad(mlp_loss)(state["params"], batch)
+        return updated(state, jax.tree.map(lambda g: g / 2, grads)), {"loss": value}
+
+    plan = made((step, state_of(MLP_PARAMS), MLP_BATCH), "zero1", data=4)
+    written = plan.written()
+    assert written["reduce-scatter", UP] == written["reduce-scatter", DOWN] == LAYERS
+
+
+@pytest.mark.parametrize("mesh", [{"data": 4}, {"data": 2, "more": 4}])
+@pytest.mark.parametrize("recipe", ["zero1", "zero3", "data_parallel"])
+def test_blocks_of_rows_keep_the_batch_split(recipe: str, mesh: dict[str, int]) -> None:
+    """One exchange of rows (an axis) before the loop; then every device has its part of
+    each microbatch.
+
+    A split that falls on the microbatches (4 of 4), or across microbatches and rows.
+    """
+    plan = followed(accumulated(mlp_loss, rows_outside), MLP_PARAMS, recipe, **mesh)
+    exchanged = Counter({("all-to-all", (32, WIDTH)): 2 * len(mesh)})  # of x and of y
+    assert plan.written() == whole_step(recipe) + exchanged
+    (loop,) = (p for p in plan.assignment.ops if p.inner)
+    devices = math.prod(mesh.values())
+    rows = loop.inner[0].inputs[-1]
+    assert rows.local_shape((8, WIDTH), plan.mesh) == (8 // devices, WIDTH)
+
+
+def test_rows_are_split_over_as_many_axes_as_divide_them() -> None:
+    """24 rows divide by four devices, the 6 of a microbatch by two."""
+    batch = {"x": f32(24, WIDTH), "y": f32(24, WIDTH)}
     step = accumulated(plain_loss, rows_outside)
-    plan = made((step, state_of(PLAIN_PARAMS), BATCHES), "data_parallel", data=4)
-    assert plan.written()["all-reduce", UP] == 1
+    plan = made((step, state_of(PLAIN_PARAMS), batch), "data_parallel", data=2, more=2)
+    (loop,) = (p for p in plan.assignment.ops if p.inner)
+    assert str(loop.inner[0].inputs[-1]) == "[more/3,-]"
+    assert {c.axes for c in plan.sent if c.kind == "all-reduce"} == {("more",)}
+
+
+def test_microbatches_that_come_cut_are_split_by_rows() -> None:
+    """``[microbatches, rows, ...]`` from outside: the recipe splits the first."""
+    batch = {name: f32(MICROBATCHES, 8, WIDTH) for name in ("x", "y")}
+    step = accumulated(plain_loss, lambda x: x)
+    plan = made((step, state_of(PLAIN_PARAMS), batch), "data_parallel", data=4)
+    assert plan.input("batch/x") == "[data/1,-,-]"
+    exchanged = Counter({("all-to-all", (MICROBATCHES, 8, WIDTH)): 2})
+    reduced = Counter({("all-reduce", shape): 1 for shape in (UP, DOWN)})
+    assert plan.written() == exchanged + reduced + LOSS
+
+
+def read_back(value: Layout, moved: Layout, *, batch: bool) -> list[tuple[str, ...]]:
+    """The steps of reading one value as ``moved`` in the forward, then the backward
+    pass."""
+    program = Program((Value((8, 8), "float32"),), (0,), (), (0,))
+    state = State(program, Mesh.of(data=4), {0: Marks(batch=batch)}, {})
+    state.put(0, value)
+    return [
+        tuple(step.kind for move in state.read(0, moved, region) for step in move.steps)
+        for region in ("forward", "backward")
+    ]
+
+
+def test_moved_activations_are_read_where_they_are() -> None:
+    rows, columns = Layout.of([("data", 2)], ()), Layout.of((), [("data", 2)])
+    assert read_back(rows, columns, batch=True) == [("all-to-all",), ()]
+
+
+def test_what_was_gathered_is_gathered_again() -> None:
+    """Kept for the backward pass, whole values would cost what the split saved."""
+    rows, whole = Layout.of([("data", 2)], ()), Layout.replicated(2)
+    twice = [("all-gather",)] * 2
+    assert read_back(rows, whole, batch=True) == twice
+    assert read_back(rows, whole, batch=False) == twice
+    columns = Layout.of((), [("data", 2)])
+    assert read_back(rows, columns, batch=False) == [("all-to-all",)] * 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
