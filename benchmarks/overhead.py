@@ -2,15 +2,19 @@
 
 A step over a state of 500 leaves, called 200 times under ``rhino.auto_parallel`` and
 200 times as the same program under plain ``jax.jit`` (same layouts, same donation), one
-after the other; the minimum of each and their difference, on 1 and on 8 simulated
-devices, each in a process of its own. Then ``import rhino_jax`` over ``import jax`` in
+after the other, each waited for; the minimum of each and their difference, on 1 and on
+8 simulated devices, each in a process of its own. Eight simulated devices on few cores
+make one call take milliseconds, more or less: so all of it is done several times, and
+the median of the differences told. Then ``import rhino_jax`` over ``import jax`` in
 fresh processes. ``python benchmarks/overhead.py --help``.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -79,30 +83,42 @@ def plain(planned: Any) -> Callable[..., Any]:
     )
 
 
-def measure(leaves: int, calls: int) -> dict[str, Any]:
-    """Microseconds of a call of each kind, the least of ``calls``, in this process."""
+def measure(leaves: int, calls: int, rounds: int) -> dict[str, Any]:
+    """Microseconds of a call of each kind: the least of ``calls``, median of rounds."""
     import jax
     import numpy as np
 
     import rhino_jax as rhino
 
     decorated = rhino.auto_parallel(train_step)
-    batch = {"x": np.ones((8, WIDTH), np.float32)}
+    batch = {"x": np.ones((32, WIDTH), np.float32)}
     planned = decorated.planned(make_state(leaves), batch)
     steps = {"decorated": decorated, "jit": plain(planned)}
     where, _ = planned.in_shardings[0]
     states = {name: jax.device_put(make_state(leaves), where) for name in steps}
     batch = jax.device_put(batch, planned.in_shardings[0][1])
-    least = dict.fromkeys(steps, float("inf"))
-    for call in range(calls + 3):
-        for name, step in steps.items():
-            jax.block_until_ready(states[name])
-            began = time.perf_counter()
-            states[name], _ = step(states[name], batch)
-            seconds = time.perf_counter() - began
-            if call >= 3:  # the first ones compile
-                least[name] = min(least[name], seconds * 1e6)
-    return {"devices": jax.device_count(), **least}
+    names = list(steps)
+    taken: dict[str, list[list[float]]] = {name: [] for name in names}
+    gc.disable()
+    for round_ in range(rounds):
+        gc.collect()
+        for name in names:
+            taken[name].append([])
+        for call in range(calls + 3):
+            for name in names[:: 1 if call % 2 else -1]:
+                began = time.perf_counter()
+                states[name], loss = steps[name](states[name], batch)
+                seconds = time.perf_counter() - began
+                jax.block_until_ready((states[name], loss))
+                if round_ or call >= 3:  # the first ones compile
+                    taken[name][-1].append(seconds * 1e6)
+    least = {name: [min(one) for one in taken[name]] for name in names}
+    added = [a - b for a, b in zip(least["decorated"], least["jit"], strict=True)]
+    return {
+        "devices": jax.device_count(),
+        "added": statistics.median(added),
+        **{name: statistics.median(found) for name, found in least.items()},
+    }
 
 
 def child(code: list[str], devices: int) -> str:
@@ -124,20 +140,22 @@ def child(code: list[str], devices: int) -> str:
 @click.command()
 @click.option("--leaves", default=500, show_default=True)
 @click.option("--calls", default=200, show_default=True)
+@click.option("--rounds", default=7, show_default=True)
 @click.option("--imports", default=8, show_default=True, help="Fresh processes.")
 @click.option("--inner", is_flag=True, hidden=True, help="Measure in this process.")
-def main(leaves: int, calls: int, imports: int, inner: bool) -> None:
+def main(leaves: int, calls: int, rounds: int, imports: int, inner: bool) -> None:
     """Print both times and their difference."""
     if inner:
-        click.echo(json.dumps(measure(leaves, calls)))
+        click.echo(json.dumps(measure(leaves, calls, rounds)))
         return
-    again = [__file__, "--inner", f"--leaves={leaves}", f"--calls={calls}"]
+    given = [f"--leaves={leaves}", f"--calls={calls}", f"--rounds={rounds}"]
+    again = [__file__, "--inner", *given]
     for devices in DEVICE_COUNTS:
         row = json.loads(child(again, devices))
         ours, theirs = row["decorated"], row["jit"]
         click.echo(
             f"{row['devices']} devices, {leaves} leaves: decorated {ours:.0f} us, "
-            f"jax.jit {theirs:.0f} us, added {ours - theirs:.0f} us"
+            f"jax.jit {theirs:.0f} us, added {row['added']:.0f} us"
         )
     if imports:
         pairs = [child(["-c", IMPORTS], 1).split() for _ in range(imports)]

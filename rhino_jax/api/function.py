@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from rhino_jax.api.entry import Entry, Key, aval_of, split
+from rhino_jax.api.entry import Entry, Returned, aval_of, split
+from rhino_jax.api.passing import Call, Key, walked
 from rhino_jax.errors import SignatureError, TraceError
 from rhino_jax.options import Options
 
@@ -57,7 +58,7 @@ class ParallelFunction:
         self._parent = parent
         self._entries: list[Entry] = []
         self._ready: list[Entry] = []
-        self._returned: list[int] = []
+        self._returned: Returned = None
         self._gifts: deque[tuple[tuple[Any, ...], types.CodeType, int]] = deque(
             maxlen=REMEMBERED_CALLS
         )
@@ -69,23 +70,24 @@ class ParallelFunction:
     # ---- calling ------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = None
+        call = None
         for entry in self._ready:
-            leaves = entry.read(args, kwargs, self._returned)
-            if leaves is not None:
+            call = entry.read(args, kwargs, self._returned)
+            if call is not None:
                 break
-        if leaves is None:
-            entry, leaves = self._prepared(args, kwargs)
+        if call is None:
+            entry, call = self._prepared(args, kwargs)
         failed = None
         try:
-            result, self._returned = entry.call(leaves)
+            result, self._returned = entry.call(call)
         except Exception as error:
             failed = error
         if failed is not None:
-            result, leaves, entry = self._again(entry, args, kwargs, leaves, failed)
+            result, call, entry = self._again(entry, args, kwargs, call, failed)
         if entry.donates:
             frame = sys._getframe(1)
-            refs = tuple([_reference(leaves[i]) for i in entry.given])
+            given = call[0]
+            refs = tuple([_reference(walked(given, way)) for way in entry.given])
             self._gifts.append((refs, frame.f_code, frame.f_lineno))
         if entry is not self._ready[0]:
             self._ready.remove(entry)
@@ -94,7 +96,7 @@ class ParallelFunction:
 
     def _prepared(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Entry, list[Any]]:
+    ) -> tuple[Entry, Call]:
         """A call that is not as the last one: its entry, and its leaves in place."""
         from rhino_jax.api import placing
 
@@ -105,41 +107,43 @@ class ParallelFunction:
             self._ready.append(entry)
         leaves = self._moved(entry, leaves)
         entry.learn(leaves)
-        return entry, placing.given_once(entry, leaves)
+        return entry, entry.arranged(placing.given_once(entry, leaves))
 
     def _again(
         self,
         entry: Entry,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        leaves: list[Any],
+        failed: Call,
         error: Exception,
-    ) -> tuple[Any, list[Any], Entry]:
-        """A call that failed: once more for its own signature, or the error itself."""
+    ) -> tuple[Any, Call, Entry]:
+        """A call that failed: once more, looked at leaf by leaf, or the error itself.
+
+        Raises:
+            DonationError: an argument was given away before.
+        """
         from rhino_jax.lower.program import SignatureChanged
 
         for _ in range(MOST_TIGHTENED):
             if not out_of_memory(error) or entry.planned.plan.predicted is None:
                 break
-            entry, leaves = self._tightened(entry, args, kwargs)
+            entry, call = self._tightened(entry, args, kwargs)
             try:
-                result, self._returned = entry.call(leaves)
-                return result, leaves, entry
+                result, self._returned = entry.call(call)
+                return result, call, entry
             except Exception as again:
                 error = again
-        if isinstance(error, SignatureChanged):
-            entry, leaves = self._prepared(args, kwargs)
-        else:
-            moved = self._moved(entry, leaves)
-            if all(a is b for a, b in zip(leaves, moved, strict=True)):
+        before = entry
+        entry, call = self._prepared(args, kwargs)
+        if not isinstance(error, SignatureChanged) and entry is before:
+            if _same(failed, call):
                 raise error
-            leaves = moved
-        result, self._returned = entry.call(leaves)
-        return result, leaves, entry
+        result, self._returned = entry.call(call)
+        return result, call, entry
 
     def _tightened(
         self, entry: Entry, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Entry, list[Any]]:
+    ) -> tuple[Entry, Call]:
         """The step planned again for less memory, because its plan did not fit.
 
         Raises:
@@ -314,6 +318,12 @@ def _signature(
     return leaves, tree, static, tuple(map(aval_of, leaves))
 
 
+def _same(call: Call, other: Call) -> bool:
+    """Whether two calls of one entry hand on the very same arrays."""
+    pairs = zip(jax.tree.leaves(call), jax.tree.leaves(other), strict=True)
+    return all(a is b for a, b in pairs)
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether a device had not the memory that a call needs.
 
@@ -336,7 +346,7 @@ def _make_ready(entry: Entry) -> None:
             jax.device_put(c, where) for c, where in zip(constants, wanted, strict=True)
         )
     entry.constants = constants
-    entry.run = planned.jit_call()
+    entry.run = planned.jit_call(entry.passing)
 
 
 def _reference(x: Any) -> Any:

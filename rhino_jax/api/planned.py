@@ -11,13 +11,13 @@ from typing import Any
 import jax
 
 from rhino_jax.api.activations import activations
-from rhino_jax.api.entry import parted
+from rhino_jax.api.passing import Passing
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import linked
 from rhino_jax.errors import MeshError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.lower.devices import device_mesh
-from rhino_jax.lower.program import as_function, jit_step
+from rhino_jax.lower.program import SignatureChanged, as_function, jit_step
 from rhino_jax.lower.program import shardings as named_shardings
 from rhino_jax.plan import Plan, Predicted
 from rhino_jax.report.text import explanation_text, plan_text
@@ -135,32 +135,33 @@ class Planned:
             self.plan.lowering,
         )
 
-    def jit_call(self) -> Any:
-        """The parallel step as it is called: (donated, other leaves) -> flat results.
-
-        Two lists in place of many arguments: what ``jax.jit`` spends on each argument
-        is saved. The order is that of the leaves, constants last.
-        """
+    def jit_call(self, passing: Passing) -> Any:
+        """The parallel step as it is called: (donated, others, constants) -> result."""
         traced, plan = self.traced, self.plan
         flat = as_function(
             traced.program, plan.assignment, plan.mesh, self.jax_mesh, plan.lowering
         )
-        count = len(traced.program.inputs)
-        given, kept = parted(range(count), traced.donated)
-        place = {i: k for k, i in enumerate((*given, *kept))}
+        count = traced.num_inputs
+        numbers = jax.tree.unflatten(traced.in_tree, range(count))
+        order, tree = jax.tree.flatten(passing.call(*numbers))
+        place = {i: k for k, i in enumerate(order)}
 
-        def step(donated: list[Any], others: list[Any]) -> Any:
-            leaves = (*donated, *others)
-            return flat(*(leaves[place[i]] for i in range(count)))
+        def step(donated: Any, others: Any, constants: Any) -> Any:
+            given, found = jax.tree.flatten((donated, others))
+            if found != tree:  # type: ignore[operator]
+                raise SignatureChanged
+            leaves = [given[place[i]] for i in range(count)]
+            outs = flat(*leaves, *constants)
+            return jax.tree.unflatten(traced.out_tree, outs)
 
         step.__name__ = traced.program.name
         if not plan.mesh.axes:
             return jax.jit(step, donate_argnums=0)
-        where = self.shardings(plan.assignment.inputs)
+        constants = tuple(self.shardings(plan.assignment.inputs[count:]))
         return jax.jit(
             step,
-            in_shardings=parted(where, traced.donated),
-            out_shardings=tuple(self.shardings(plan.assignment.outputs)),
+            in_shardings=(*passing.call(*self.in_shardings), constants),
+            out_shardings=self.out_shardings,
             donate_argnums=0,
         )
 

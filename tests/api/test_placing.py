@@ -152,6 +152,59 @@ def test_the_batch_may_be_a_part_of_the_state() -> None:
         w = step.place(X)
 
 
+def test_a_returned_state_changed_in_place() -> None:
+    """It is the very dictionary that was returned, and holds one array twice."""
+    step = make()
+    new, _ = step(step.place(state(), X), X)
+    for _ in range(2):
+        new["mean"] = new["w"]
+        new, _ = step(new, X)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(new))
+    new["w"] = {"a": new["w"]["a"][:, :8], "b": new["w"]["b"][:8]}
+    new["mean"] = jax.tree.map(jnp.copy, new["w"])
+    with pytest.warns(UserWarning, match="moved"):
+        smaller, _ = step(new, X)  # other shapes: planned for them
+    assert smaller["w"]["a"].shape == (4, 8)
+
+
+def test_a_returned_state_deleted_since() -> None:
+    step = make()
+    new, _ = step(step.place(state(), X), X)
+    new["w"]["a"].delete()
+    with pytest.raises(DonationError, match="state/w/a"):
+        step(new, X)
+
+
+def test_parts_of_the_state_as_arguments_of_their_own() -> None:
+    """Positions and keywords; the second state is the first one's result, in parts."""
+
+    def steps(w: Any, x: Any, *, mean: Any) -> Any:
+        out, loss = step_fun({"w": w, "mean": mean}, x)
+        return loss, out["w"], out["mean"]
+
+    step = rhino.auto_parallel(recipe="zero3")(steps)
+    held = state()
+    w, mean = held["w"], held["mean"]
+    for _ in range(3):
+        _, w, mean = step(w, X, mean=mean)
+    agree({"w": w, "mean": mean}, 3)
+
+
+def test_a_state_donated_in_part() -> None:
+    """What no result takes the place of stays; the rest of that argument goes."""
+
+    def steps(held: Any, x: Any) -> Any:
+        out, loss = step_fun(held["train"], x * held["scale"])
+        return {"train": out, "loss": loss}
+
+    step = rhino.auto_parallel(recipe="zero3")(steps)
+    scale, train = jnp.ones(()), state()
+    for _ in range(3):
+        train = step({"train": train, "scale": scale}, X)["train"]
+    agree(train, 3)
+    assert not scale.is_deleted()
+
+
 ELSEWHERE = {
     "another device": lambda: one(5),
     "another mesh": lambda: NamedSharding(
