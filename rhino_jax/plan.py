@@ -20,6 +20,7 @@ from rhino_jax.ir.factors import parse_choice
 from rhino_jax.ir.layout import Layout, parse_layout
 from rhino_jax.ir.mesh import Axis, Mesh
 from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.spans import checked
 from rhino_jax.ir.steps import Move, Step
 
 FORMAT = "rhino-plan"
@@ -86,8 +87,8 @@ class Plan:
     """How one Program runs on one mesh.
 
     ``stages`` gives the pipeline stage of every op of the Program (empty: one stage),
-    ``microbatches`` the size of the time axis, ``remat`` pairs of segment and policy;
-    they say "one" and "none" until a search fills them in. ``made_with`` names the
+    ``microbatches`` the size of the time axis, ``remat`` pairs of segments ("*", or
+    as :mod:`rhino_jax.ir.spans` writes them) and policy. ``made_with`` names the
     versions that made the plan.
     """
 
@@ -394,7 +395,7 @@ def _from_data(data: Any) -> Plan:
         data["lowering"],
         data["microbatches"],
         tuple(data["stages"]),
-        tuple((a, b) for a, b in data["remat"]),
+        tuple((checked(a), b) for a, b in data["remat"]),
         data["cluster"],
         tuple(data["notes"]),
         tuple((a, b) for a, b in data["made_with"]),

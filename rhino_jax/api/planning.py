@@ -25,6 +25,7 @@ from rhino_jax.errors import (
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.ir.program import Program
+from rhino_jax.ir.spans import EVERY, numbers, spans
 from rhino_jax.lower.devices import abstract_mesh, as_mesh, check_count, device_mesh
 from rhino_jax.options import Options
 from rhino_jax.plan import Plan, Predicted, make_plan
@@ -129,7 +130,7 @@ def _by_search(traced: Traced, options: Options) -> Planned:
         best.mesh,
         options,
         jax_mesh,
-        remat=best.remat,
+        remat=_policies(best.remat, best.segments),
         microbatches=best.microbatches,
         predicted=_predicted(best, limit),
         notes=found.notes,
@@ -182,7 +183,7 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
         options,
         jax_mesh,
         recipe=recipe,
-        remat=remat,
+        remat=_policies(remat),
         microbatches=batches,
     )
 
@@ -193,7 +194,7 @@ def _planned(
     mesh: Mesh,
     options: Options,
     jax_mesh: Any,
-    remat: str = NONE,
+    remat: tuple[tuple[str, str], ...] = (),
     notes: Sequence[str] = (),
     **more: Any,
 ) -> Planned:
@@ -205,7 +206,7 @@ def _planned(
         traced.output_paths,
         lowering=options.lowering,
         cluster=options.cluster,
-        remat=() if remat == NONE else (("*", remat),),
+        remat=remat,
         made_with=(("jax", jax.__version__),),
         **more,
     )
@@ -213,11 +214,28 @@ def _planned(
     return Planned(plan, traced, _laid(jax_mesh, mesh, options))
 
 
-def rewritten(traced: Traced, remat: str) -> Traced:
+def _policies(
+    remat: str, segments: Sequence[int] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """A plan's remat policies: which segments, and the policy.
+
+    >>> _policies("boundary", (0, 1, 2, 5)), _policies("boundary"), _policies("none")
+    ((('0-2,5', 'boundary'),), (('*', 'boundary'),), ())
+    """
+    if remat == NONE:
+        return ()
+    return ((EVERY if segments is None else spans(segments), remat),)
+
+
+def rewritten(traced: Traced, remat: str, segments: str = EVERY) -> Traced:
     """``traced`` with its Program under a remat policy."""
     subject = subject_of(traced)
     program: Program = apply_remat(
-        traced.program, subject.pairs, subject.batch_inputs, remat
+        traced.program,
+        subject.pairs,
+        subject.batch_inputs,
+        remat,
+        None if segments == EVERY else numbers(segments),
     )
     return replace(traced, program=program)
 
@@ -239,8 +257,8 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
         PlanFileError: it is another program's plan.
         MeshError: its mesh is not that of the options, the devices or the cluster.
     """
-    for _, policy in plan.remat:
-        traced = rewritten(traced, policy)
+    for segments, policy in plan.remat:
+        traced = rewritten(traced, policy, segments)
     plan.fits(traced.program)
     jax_mesh, mesh, count = _where(options)
     if mesh is not None and mesh.shape != plan.mesh.shape:

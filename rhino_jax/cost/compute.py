@@ -152,13 +152,16 @@ def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Wo
             for work in inner:
                 total = total.plus(work, instruction.trips)
         elif not (instruction.step and instruction.step.wire_bytes):
-            total = total.plus(_instruction(instruction, unfolded, fused, mesh, device))
+            total = total.plus(
+                instruction_work(instruction, unfolded, fused, mesh, device)
+            )
     return total
 
 
-def _instruction(
+def instruction_work(
     at: Instruction, unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device
 ) -> Work:
+    """The work of one instruction that is no collective and has no bodies."""
     buffers, written = unfolded.buffers, fused.written
     reads = [buffers[b].num_bytes if written[b] else 0 for b in at.reads]
     writes = [buffers[b].num_bytes if written[b] else 0 for b in at.writes]

@@ -96,7 +96,7 @@ def memory(
 
 def memory_of(unfolded: Unfolded, fused: Fusion, habits: Habits = Habits()) -> Memory:
     """:func:`memory` of what was unfolded already."""
-    held = _Held(unfolded, fused, habits)
+    held = Held(unfolded, fused, habits)
     inputs = sum(unfolded.buffers[b].num_bytes for b in set(unfolded.inputs))
     top = max(held.bytes_at, default=0)
     spot = held.bytes_at.index(top) if top else BEFORE
@@ -114,8 +114,12 @@ def memory_of(unfolded: Unfolded, fused: Fusion, habits: Habits = Habits()) -> M
     )
 
 
-class _Held:
-    """Bytes held beside the inputs during every instruction."""
+class Held:
+    """Bytes held beside the inputs during every instruction.
+
+    ``born`` and ``dies`` are the first and the last instruction that a real buffer
+    stands during; ``bytes_at`` what stands during each, with what its bodies hold.
+    """
 
     def __init__(self, unfolded: Unfolded, fused: Fusion, habits: Habits) -> None:
         self.unfolded = unfolded
@@ -151,7 +155,7 @@ class _Held:
 
 def _body_peak(body: Unfolded, habits: Habits) -> int:
     """The bytes that a body holds at most beside what its loop holds."""
-    return max(_Held(body, fusion(body), habits).bytes_at, default=0)
+    return max(Held(body, fusion(body), habits).bytes_at, default=0)
 
 
 def _lifetimes(

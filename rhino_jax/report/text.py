@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rhino_jax.ir.layout import contiguous
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import itemsize, short_dtype
+from rhino_jax.ir.spans import EVERY
 from rhino_jax.plan import Collective, Leaf, Plan, Predicted
 from rhino_jax.search.explain import Explanation
 
@@ -41,7 +42,10 @@ def plan_text(plan: Plan, activations: Iterable[Leaf] = ()) -> str:
     how = [plan.recipe and f"recipe {plan.recipe}", f"lowering {plan.lowering}"]
     if plan.microbatches > 1:
         how.append(f"{plan.microbatches} microbatches")
-    how += [f"remat {policy}" for _, policy in plan.remat]
+    how += [
+        f"remat {policy}" + ("" if segments == EVERY else f" of segments {segments}")
+        for segments, policy in plan.remat
+    ]
     console.print(" · ".join(part for part in how if part))
     if plan.predicted:
         console.print(predicted_text(plan.predicted))

@@ -3,7 +3,8 @@
 Every mesh is searched at no price for memory first. The most promising are predicted as
 they will run (:mod:`rhino_jax.cost.model`); one that does not fit is searched again at
 rising prices for a byte, until it does. Only where nothing fits are activations
-recomputed and batches divided.
+recomputed and batches divided; of layers that stand one by one in the Program no more
+are recomputed than must be (:mod:`rhino_jax.search.selective`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rhino_jax.search.pins import Spec
 from rhino_jax.search.planner import Reading, Request, energy_of, read, written
 from rhino_jax.search.prices import ClusterPrices, Prices
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
+from rhino_jax.search.selective import chosen_segments
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
 
@@ -38,6 +40,9 @@ NOTHING = (
     "remat boundary changes nothing: layers are in a jax.checkpoint already, or there "
     "is one only"
 )
+MOST_CORRECTIONS = 4
+"""How often segments are chosen again because their plan did not fit after all."""
+
 PREDICTED = (1, 3)
 """Meshes predicted as they will run, by optimization level."""
 
@@ -71,12 +76,15 @@ class Candidate:
     remat: str
     microbatches: int
     byte_seconds: float
+    segments: tuple[int, ...] | None = None
+    """The segments that are recomputed, where not all are."""
 
     def __str__(self) -> str:
         seconds, peak = self.prediction.step_seconds, self.prediction.peak_bytes
         how = [f"mesh ({self.mesh})"]
         if self.remat != NONE:
-            how.append(f"remat {self.remat}")
+            some = f" of {len(self.segments)} segments" if self.segments else ""
+            how.append(f"remat {self.remat}{some}")
         if self.microbatches > 1:
             how.append(f"{self.microbatches} microbatches")
         return f"{', '.join(how)}: {seconds * 1e3:.2f} ms, {peak / 2**30:.2f} GiB"
@@ -141,7 +149,7 @@ class _Search:
             self.considered += found
             fitting = [c for c in self.considered if self._fits(c)]
             if fitting:
-                best = min(fitting, key=_rank)
+                best = min([*fitting, *self._fewer(min(fitting, key=_rank))], key=_rank)
                 notes, seconds = tuple(self.notes), self.reading_seconds
                 return Searched(best, tuple(self.considered), notes, seconds)
         raise self._infeasible()
@@ -171,6 +179,63 @@ class _Search:
                 self.notes[NOTHING] = None
             subject = replace(self.subject, program=program)
             yield from self._on_meshes(subject, policy, counts)
+
+    def _fewer(self, best: Candidate) -> Iterator[Candidate]:
+        """Plans that fit and recompute fewer segments than ``best`` does."""
+        if best.remat == NONE or self.wish.remat or best.microbatches > 1:
+            return
+        plain = [
+            c
+            for c in self.considered
+            if (c.remat, c.microbatches, c.mesh) == (NONE, 1, best.mesh)
+        ]
+        if not plain:
+            return
+        near = min(plain, key=lambda c: abs(c.byte_seconds - best.byte_seconds))
+        limit = self.wish.limit_bytes
+        tried: set[tuple[int, ...]] = set()
+        for _ in range(MOST_CORRECTIONS):
+            with self._reading():
+                chosen = chosen_segments(
+                    near.subject,
+                    near.assignment,
+                    near.mesh,
+                    self.wish.cluster,
+                    self.wish.donated,
+                    limit,
+                )
+            if chosen is None or chosen in tried:
+                return
+            tried.add(chosen)
+            found = self._recomputing(chosen, best)
+            self.considered.append(found)
+            if self._fits(found):
+                yield found
+                return
+            limit -= found.prediction.peak_bytes - self.wish.limit_bytes
+
+    def _recomputing(self, chosen: tuple[int, ...], best: Candidate) -> Candidate:
+        """The plan that recomputes ``chosen`` segments, else sought like ``best``."""
+        was = self.subject
+        program = apply_remat(
+            was.program, was.pairs, was.batch_inputs, BOUNDARY, chosen
+        )
+        subject = replace(was, program=program)
+        with self._reading():
+            reading = read(subject)
+        on = linked(self.wish.cluster, best.mesh)
+        request = Request(on, self.prices, pins=self.wish.pins)
+        energy = energy_of(reading, request)
+        ticks = best.byte_seconds * self.prices.ticks_per_second
+        level = self.wish.level if not ticks else 1
+        answer = search_axes(energy, starts(energy), level, ticks)
+        one = _Mesh(reading, energy, answer)
+        with self._reading():
+            found = self._candidate(
+                subject, one, answer, BOUNDARY, 1, best.byte_seconds
+            )
+        assert found is not None
+        return replace(found, segments=chosen)
 
     def _on_meshes(
         self, subject: Subject, policy: str, counts: Sequence[int]

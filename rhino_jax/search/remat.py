@@ -40,6 +40,7 @@ def apply_remat(
     pairs: Mapping[int, int],
     batch_inputs: Collection[int],
     policy: str,
+    only: Collection[int] | None = None,
 ) -> Program:
     """``program`` under ``policy``; the same object where that changes nothing.
 
@@ -47,22 +48,43 @@ def apply_remat(
         pairs: positions of state inputs and of the outputs that succeed them.
         batch_inputs: positions of what a call brings anew.
         policy: "none" or "boundary".
+        only: the segments to recompute; all of them and all scanned layers, if None.
     """
     if policy == NONE:
         return program
     assert policy == BOUNDARY, policy
-    found = regions(program, pairs, batch_inputs)
-    scanned = rematerialize_scans(program, found)
-    if scanned is not program:
-        program = check(scanned, "rematerialization of scans")
+    if only is None:
         found = regions(program, pairs, batch_inputs)
+        scanned = rematerialize_scans(program, found)
+        if scanned is not program:
+            program = check(scanned, "rematerialization of scans")
+    work = _rewriting(program, pairs, batch_inputs)
+    for segment in work.divided.segments:
+        if only is None or segment.index in only:
+            work.add(segment)
+    return work.finish()
+
+
+def recomputable(
+    program: Program, pairs: Mapping[int, int], batch_inputs: Collection[int]
+) -> tuple[tuple[Segment, frozenset[int]], ...]:
+    """Every segment, with the forward ops that "boundary" has it do again; none where
+    that would save nothing."""
+    work = _rewriting(program, pairs, batch_inputs)
+    return tuple(
+        (segment, frozenset(work.again(segment)[0]))
+        for segment in work.divided.segments
+    )
+
+
+def _rewriting(
+    program: Program, pairs: Mapping[int, int], batch_inputs: Collection[int]
+) -> _Rewriting:
+    found = regions(program, pairs, batch_inputs)
     places = cuts(program, found, pairs, HEAVY)
     divided = segments(program, found, places, pairs, HEAVY)
     loops = frozenset(pair.forward for pair in layer_scans(program, found))
-    work = _Rewriting(program, found, divided, loops)
-    for segment in divided.segments:
-        work.add(segment)
-    return work.finish()
+    return _Rewriting(program, found, divided, loops)
 
 
 @dataclass
@@ -77,16 +99,10 @@ class _Rewriting:
 
     def add(self, segment: Segment) -> None:
         """Have ``segment`` recomputed, where that saves something."""
-        if not segment.backward or not segment.entry:
+        needed, barriers = self.again(segment)
+        if not needed:
             return
         place = segment.backward[0]
-        readers = [i for i in segment.backward if i >= place]
-        needed = self._needed(segment, readers)
-        barriers = list(self._barriers(segment, place, needed))
-        if not needed or not barriers or not self.loops.isdisjoint(needed):
-            return
-        if any(self.program.ops[i].effects for i in needed):
-            return
         renamed: dict[int, int] = {}
         waited: dict[int, int] = {}
         waits = self._gradients(segment.index + 1, place)
@@ -98,11 +114,25 @@ class _Rewriting:
         self.before.setdefault(place, []).extend(ops)
         made = {v for i in needed for v in self.program.ops[i].results} | set(waited)
         renamed.update(waited)
-        for index in readers:
+        for index in segment.backward:
             reads = made.intersection(self.program.ops[index].operands)
             if reads:
                 names = self.changed.setdefault(index, {})
                 names.update((v, renamed[v]) for v in reads)
+
+    def again(self, segment: Segment) -> tuple[list[int], list[tuple[int, int]]]:
+        """The forward ops to do again and the barriers before them; nothing where that
+        saves nothing or can not be."""
+        if not segment.backward or not segment.entry:
+            return [], []
+        place = segment.backward[0]
+        needed = self._needed(segment, segment.backward)
+        barriers = list(self._barriers(segment, place, needed))
+        if not barriers or not self.loops.isdisjoint(needed):
+            return [], []
+        if any(self.program.ops[i].effects for i in needed):
+            return [], []
+        return needed, barriers
 
     def _needed(self, segment: Segment, readers: Sequence[int]) -> list[int]:
         """The forward ops to copy: what is read later, back to the entry."""

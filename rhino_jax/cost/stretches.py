@@ -1,0 +1,118 @@
+"""What each segment of a step costs: seconds forward, and bytes where they stand.
+
+Read off a whole plan as it will run (:mod:`rhino_jax.cost.buffers`): the numbers of all
+segments together give back its predicted peak in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rhino_jax.cluster.topology import Cluster
+from rhino_jax.cost.buffers import Instruction, RuleOf, Unfolded, unfold
+from rhino_jax.cost.collectives import step_seconds
+from rhino_jax.cost.compute import instruction_work
+from rhino_jax.cost.fusion import Fusion, fusion
+from rhino_jax.cost.memory import HABITS, Held
+from rhino_jax.ir.analysis.segments import Segment
+from rhino_jax.ir.assignment import Assignment
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One segment on one device.
+
+    Attributes:
+        op_seconds: of the ops of its forward half, moves included.
+        saved_bytes: made forward, needed backward; ``exit_bytes`` of them are what
+            enters the next segment.
+        grad_bytes: made backward, needed by the update.
+        peak_bytes: the most that stands during its backward half beside the inputs,
+            what earlier segments saved and the gradients of later ones.
+    """
+
+    op_seconds: Mapping[int, float]
+    saved_bytes: int
+    exit_bytes: int
+    grad_bytes: int
+    peak_bytes: int
+
+
+def stretches(
+    program: Program,
+    assignment: Assignment,
+    mesh: Mesh,
+    cluster: Cluster,
+    rule_of: RuleOf,
+    donated: tuple[int, ...],
+    segments: Sequence[Segment],
+) -> tuple[Stretch, ...]:
+    """What each of ``segments``, in their order, costs under a plan."""
+    unfolded = unfold(program, assignment, mesh, rule_of, donated)
+    fused = fusion(unfolded)
+    held = Held(unfolded, fused, HABITS[cluster.device.platform])
+    forward = {op: s.index for s in segments for op in s.forward}
+    backward = {op: s.index for s in segments for op in s.backward}
+    at = [x.index for x in unfolded.instructions]
+    moments = [i for i, op in enumerate(at) if op in backward]
+    if not moments:
+        return tuple(Stretch({}, 0, 0, 0, 0) for _ in segments)
+    first, last = moments[0], moments[-1]
+    saved = dict.fromkeys((s.index for s in segments), 0)
+    exits, grads = dict(saved), dict(saved)
+    exit_of = {v: s.index for s in segments for v in s.exit}
+    for buffer, birth in held.born.items():
+        made = unfolded.buffers[buffer]
+        op = at[birth] if 0 <= birth < len(at) else -1
+        if held.dies[buffer] < first:
+            continue
+        if op in forward:
+            saved[forward[op]] += made.num_bytes
+            if exit_of.get(made.value) == forward[op]:
+                exits[forward[op]] += made.num_bytes
+        elif op in backward and held.dies[buffer] > last:
+            grads[backward[op]] += made.num_bytes
+    seconds = _op_seconds(unfolded, fused, mesh, cluster)
+    most = dict.fromkeys(saved, 0)
+    for i in moments:
+        segment = backward[at[i]]
+        others = sum(n for s, n in saved.items() if s < segment)
+        others += sum(n for s, n in grads.items() if s > segment)
+        most[segment] = max(most[segment], held.bytes_at[i] - others)
+    return tuple(
+        Stretch(
+            {op: seconds.get(op, 0.0) for op in s.forward},
+            saved[s.index],
+            exits[s.index],
+            grads[s.index],
+            most[s.index],
+        )
+        for s in segments
+    )
+
+
+def _op_seconds(
+    unfolded: Unfolded, fused: Fusion, mesh: Mesh, cluster: Cluster
+) -> dict[int, float]:
+    """Seconds by op, each with the moves of its operands."""
+    found: dict[int, float] = {}
+    for one in unfolded.instructions:
+        spent = _seconds(one, unfolded, fused, mesh, cluster)
+        found[one.index] = found.get(one.index, 0.0) + spent
+    return found
+
+
+def _seconds(
+    one: Instruction, unfolded: Unfolded, fused: Fusion, mesh: Mesh, cluster: Cluster
+) -> float:
+    if one.bodies:
+        return one.trips * sum(
+            sum(_op_seconds(body, fusion(body), mesh, cluster).values())
+            for body in one.bodies
+        )
+    if one.step and one.step.wire_bytes:
+        return step_seconds(one.step, mesh, cluster)
+    return instruction_work(one, unfolded, fused, mesh, cluster.device).seconds
