@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from rhino_jax.api.measured import measured_cluster
 from rhino_jax.cluster.hardware import catalogue_name
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import ClusterError
 
 
-def attached_cluster(devices: Sequence[Any]) -> Cluster:
+def attached_cluster(devices: Sequence[Any], folder: Path | None = None) -> Cluster:
     """The cluster that ``devices`` (of ``jax.devices()``) are.
 
+    A GPU that the catalogue does not know is measured, and that kept in ``folder``.
+
     Raises:
-        ClusterError: devices that the catalogue does not know, or uneven hosts.
+        ClusterError: TPUs that the catalogue does not know, or GPUs of several hosts;
+            uneven hosts.
     """
     first = devices[0]
     if first.platform == "cpu":
         return parse_cluster(f"cpu:{len(devices)}")
     name = catalogue_name(first.device_kind, getattr(first, "num_cores", 1) or 1)
+    if name is None and first.platform != "tpu":
+        return measured_cluster(devices, folder)
     if name is None:
         raise ClusterError(
             f"{first.device_kind!r} is not in the catalogue of devices; say what to "

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from rhino_jax.api.activations import activations
+from rhino_jax.api.attached import attached_cluster
 from rhino_jax.api.passing import Passing
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import linked
@@ -64,9 +65,12 @@ class Planned:
         """
         subject = subject_of(self.traced)
         position = position_of(path, subject.input_paths)
-        cluster = parse_cluster(
-            self.plan.cluster or f"cpu:{self.plan.mesh.num_devices}"
-        )
+        if self.plan.cluster:
+            cluster = parse_cluster(self.plan.cluster)
+        elif self.plan.mesh.axes:
+            cluster = attached_cluster(list(self.jax_mesh.devices.flat))
+        else:
+            cluster = attached_cluster(jax.devices()[:1])
         predicted = self.plan.predicted
         mesh = linked(cluster, self.plan.mesh)
         request = Request(

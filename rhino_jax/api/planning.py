@@ -246,8 +246,8 @@ def cluster_of(options: Options) -> Cluster:
         return parse_cluster(options.cluster)
     given = options.mesh
     if isinstance(given, jax.sharding.Mesh):
-        return attached_cluster(list(given.devices.flat))
-    return attached_cluster(jax.devices())
+        return attached_cluster(list(given.devices.flat), folder_of(options))
+    return attached_cluster(jax.devices(), folder_of(options))
 
 
 def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
