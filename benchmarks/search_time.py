@@ -54,6 +54,8 @@ def measured(
         row[f"level_{level}_seconds"] = time.perf_counter() - began
         row[f"level_{level}_reading"] = found.reading_seconds
         row[f"level_{level}_plan"] = str(found.best)
+        took = row[f"level_{level}_seconds"]
+        click.echo(f"{depth} layers, level {level}: {took:.1f} s", err=True)
     return row
 
 

@@ -56,6 +56,7 @@ def main(name: str, cluster: str, depth: int, rows: int) -> None:
     good, before = True, 0.0
     for part in PARTS:
         limit = least + int(part * (most - least))
+        click.echo(f"limit {limit / MIB:.0f} MiB", err=True)
         found = planned(memory_limit_bytes=limit)
         facts = found.compile_only()
         peak = facts.memory.peak_bytes if facts.ok else 0
