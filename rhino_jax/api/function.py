@@ -17,7 +17,7 @@ import jax
 
 from rhino_jax.api.entry import Entry, Returned, aval_of, split
 from rhino_jax.api.passing import Call, Key, walked
-from rhino_jax.errors import SignatureError, TraceError
+from rhino_jax.errors import DonationError, SignatureError, TraceError
 from rhino_jax.options import Options
 
 # What plans is imported where it is used: importing rhino_jax must cost little.
@@ -122,6 +122,21 @@ class ParallelFunction:
         Raises:
             DonationError: an argument was given away before.
         """
+        try:
+            return self._retried(entry, args, kwargs, failed, error)
+        except DonationError:
+            if "deleted" in str(error):
+                raise
+        raise error  # it came when the buffers were on their way already
+
+    def _retried(
+        self,
+        entry: Entry,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        failed: Call,
+        error: Exception,
+    ) -> tuple[Any, Call, Entry]:
         from rhino_jax.lower.program import SignatureChanged
 
         for _ in range(MOST_TIGHTENED):

@@ -175,6 +175,22 @@ def test_a_returned_state_deleted_since() -> None:
         step(new, X)
 
 
+def test_an_error_of_a_run_is_not_hidden_by_what_it_took() -> None:
+    """Buffers are gone once a call has begun: its own error is told, not that."""
+    step = make()
+    new, _ = step(step.place(state(), X), X)
+    (entry,) = step._ready
+    run = entry.run
+
+    def broken(*call: Any) -> Any:
+        run(*call)
+        raise RuntimeError("the network went down")
+
+    entry.run = broken
+    with pytest.raises(RuntimeError, match="went down"):
+        step(new, X)
+
+
 def test_parts_of_the_state_as_arguments_of_their_own() -> None:
     """Positions and keywords; the second state is the first one's result, in parts."""
 
