@@ -85,8 +85,9 @@ def make_model(
     init: Callable[[jax.Array], State],
     batch_shapes: dict[str, jax.ShapeDtypeStruct],
     make_batch: Callable[[np.random.Generator], dict[str, np.ndarray]],
+    state_shapes: State | None = None,
 ) -> Model:
-    """Assemble a `Model`: the state's shapes are read from `init`, nothing is run."""
+    """Assemble a `Model`: the state's shapes, if not given, are read from `init`."""
 
     def seeded_batch(seed: int) -> dict[str, np.ndarray]:
         return make_batch(np.random.default_rng(seed))
@@ -94,7 +95,11 @@ def make_model(
     return Model(
         name=name,
         train_step=train_step,
-        state_shapes=jax.eval_shape(init, jax.random.key(0)),
+        state_shapes=(
+            jax.eval_shape(init, jax.random.key(0))
+            if state_shapes is None
+            else state_shapes
+        ),
         batch_shapes=batch_shapes,
         init=init,
         make_batch=seeded_batch,
