@@ -27,9 +27,9 @@ def attached_cluster(devices: Sequence[Any], folder: Path | None = None) -> Clus
     if first.platform == "cpu":
         return parse_cluster(f"cpu:{len(devices)}")
     name = catalogue_name(first.device_kind, getattr(first, "num_cores", 1) or 1)
-    if name is None and first.platform != "tpu":
-        return measured_cluster(devices, folder)
     if name is None:
+        if first.platform != "tpu":
+            return measured_cluster(devices, folder)
         raise ClusterError(
             f"{first.device_kind!r} is not in the catalogue of devices; say what to "
             'plan for, such as cluster="h100:1x8" (the nearest device you know)'

@@ -77,17 +77,25 @@ def read_plan(folder: Path, key: str) -> Plan | None:
 
 
 def write_plan(folder: Path, key: str, plan: Plan) -> None:
-    """Keep ``plan``; of several writers each renames a file of its own.
+    """Keep ``plan``.
 
     Raises:
         OptionsError: ``folder`` is no place to write to.
     """
-    place = _place(folder, key)
+    write_whole(folder, _place(folder, key), plan.to_json())
+
+
+def write_whole(folder: Path, place: Path, text: str) -> None:
+    """A file in ``folder``; of several writers each renames one of its own.
+
+    Raises:
+        OptionsError: ``folder`` is no place to write to.
+    """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=place.parent, suffix=".part")
         with os.fdopen(handle, "w") as file:
-            file.write(plan.to_json() + "\n")
+            file.write(text + "\n")
         Path(name).replace(place)
     except OSError as error:
         raise OptionsError(

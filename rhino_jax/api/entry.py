@@ -257,21 +257,17 @@ def _heirs(
     homes = {tuple(jax.tree.leaves(x)): key for key, x in reversed(parts)}
     heirs: list[tuple[Key, Key | None]] = []
     news: list[Key] = []
-    for key, x in [*enumerate(args), *kwargs.items()]:
+    brought: list[int] = []
+    for key, x in every_argument(args, kwargs).items():
         leaves = jax.tree.leaves(x)
         to = tuple(pairs.get(i, -1) for i in leaves)
         if leaves and to in homes:
             heirs.append((key, homes[to]))
         elif anew.issuperset(leaves):
             news.append(key)
+            brought += leaves
         else:
             return (), ()
-    brought = [
-        i
-        for key, x in [*enumerate(args), *kwargs.items()]
-        if key in news
-        for i in jax.tree.leaves(x)
-    ]
     # What is anew must be what is watched, in its order.
     return (tuple(heirs), tuple(news)) if brought == sorted(anew) else ((), ())
 

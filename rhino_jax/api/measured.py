@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rhino_jax.api.cache import write_whole
 from rhino_jax.cluster.hardware import CUDA, GIGA, TERA, Device
 from rhino_jax.cluster.topology import MEMORY, PCIE, Cluster, Link
 from rhino_jax.errors import ClusterError
@@ -102,21 +101,15 @@ def _kept(devices: tuple[Any, ...], memory_bytes: int, folder: Path | None) -> M
         f"{time.perf_counter() - began:.0f} s: {found} ({where})",
         stacklevel=2,
     )
-    if path:
-        _write(path, json.dumps({"format": FORMAT, **asdict(found)}, indent=1))
+    if folder and path:
+        text = json.dumps({"format": FORMAT, **asdict(found)}, indent=1)
+        write_whole(folder, path, text)
     return found
 
 
 def _digest(kind: str, count: int) -> str:
     text = f"{kind}/{count}/{jax.__version__}/{FORMAT}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 def measure(

@@ -63,7 +63,7 @@ def passing(in_tree: Any, donated: Sequence[int]) -> Passing:
     gone = set(donated)
     args, kwargs = jax.tree.unflatten(in_tree, range(in_tree.num_leaves))
     held = {
-        key: set(jax.tree.leaves(x)) for key, x in [*enumerate(args), *kwargs.items()]
+        key: set(jax.tree.leaves(x)) for key, x in every_argument(args, kwargs).items()
     }
     if all(leaves <= gone or not leaves & gone for leaves in held.values()):
         given = [key for key, leaves in held.items() if leaves & gone]

@@ -11,10 +11,9 @@ from typing import Any
 import jax
 
 from rhino_jax.api.activations import activations
-from rhino_jax.api.attached import attached_cluster
 from rhino_jax.api.passing import Passing
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cluster.topology import linked
+from rhino_jax.cluster.topology import Cluster, linked
 from rhino_jax.errors import MeshError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.lower.devices import device_mesh
@@ -44,6 +43,8 @@ class Planned:
     plan: Plan
     traced: Traced
     jax_mesh: Any
+    cluster: Cluster | None = None
+    """What the search priced the plan for; None for a plan that was not searched."""
 
     def __str__(self) -> str:
         inside = activations(self.traced.program, self.plan.assignment)
@@ -65,12 +66,9 @@ class Planned:
         """
         subject = subject_of(self.traced)
         position = position_of(path, subject.input_paths)
-        if self.plan.cluster:
-            cluster = parse_cluster(self.plan.cluster)
-        elif self.plan.mesh.axes:
-            cluster = attached_cluster(list(self.jax_mesh.devices.flat))
-        else:
-            cluster = attached_cluster(jax.devices()[:1])
+        cluster = self.cluster or parse_cluster(
+            self.plan.cluster or f"cpu:{self.plan.mesh.num_devices}"
+        )
         predicted = self.plan.predicted
         mesh = linked(cluster, self.plan.mesh)
         request = Request(
@@ -147,12 +145,13 @@ class Planned:
         )
         count = traced.num_inputs
         numbers = jax.tree.unflatten(traced.in_tree, range(count))
+        tree: Any
         order, tree = jax.tree.flatten(passing.call(*numbers))
         place = {i: k for k, i in enumerate(order)}
 
         def step(donated: Any, others: Any, constants: Any) -> Any:
             given, found = jax.tree.flatten((donated, others))
-            if found != tree:  # type: ignore[operator]
+            if tree != found:
                 raise SignatureChanged
             leaves = [given[place[i]] for i in range(count)]
             outs = flat(*leaves, *constants)

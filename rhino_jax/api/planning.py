@@ -92,22 +92,21 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     if options.recipe:
         return _by_recipe(traced, options)
     _where(options)  # what is wrong with a mesh is said before anything is looked up
-    folder = folder_of(options)
+    cluster, folder = cluster_of(options), folder_of(options)
     if folder is None:
-        return _by_search(traced, options)
-    key = key_of(traced, cluster_of(options), options)
+        return _by_search(traced, options, cluster)
+    key = key_of(traced, cluster, options)
     kept = read_plan(folder, key)
     if kept is not None:
-        return bind(kept, traced, options)
-    found = _by_search(traced, options)
+        return replace(bind(kept, traced, options), cluster=cluster)
+    found = _by_search(traced, options, cluster)
     write_plan(folder, key, found.plan)
     return found
 
 
-def _by_search(traced: Traced, options: Options) -> Planned:
+def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     subject = subject_of(traced)
     jax_mesh, mesh, _ = _where(options)
-    cluster = cluster_of(options)
     limit = options.memory_limit_bytes or int(cluster.device.memory_bytes * MARGIN)
     level = options.optimization_level
     found = plan_search(
@@ -124,7 +123,7 @@ def _by_search(traced: Traced, options: Options) -> Planned:
         ),
     )
     best: Candidate = found.best
-    return _planned(
+    planned = _planned(
         replace(traced, program=best.subject.program),
         best.assignment,
         best.mesh,
@@ -135,6 +134,7 @@ def _by_search(traced: Traced, options: Options) -> Planned:
         predicted=_predicted(best, limit),
         notes=found.notes,
     )
+    return replace(planned, cluster=cluster)
 
 
 def _predicted(best: Candidate, limit_bytes: int) -> Predicted:

@@ -76,12 +76,15 @@ def stretches(
         elif op in backward and held.dies[buffer] > last:
             grads[backward[op]] += made.num_bytes
     seconds = _op_seconds(unfolded, fused, mesh, cluster)
+    others = {
+        segment: sum(n for s, n in saved.items() if s < segment)
+        + sum(n for s, n in grads.items() if s > segment)
+        for segment in saved
+    }
     most = dict.fromkeys(saved, 0)
     for i in moments:
         segment = backward[at[i]]
-        others = sum(n for s, n in saved.items() if s < segment)
-        others += sum(n for s, n in grads.items() if s > segment)
-        most[segment] = max(most[segment], held.bytes_at[i] - others)
+        most[segment] = max(most[segment], held.bytes_at[i] - others[segment])
     return tuple(
         Stretch(
             {op: seconds.get(op, 0.0) for op in s.forward},

@@ -28,7 +28,7 @@ from rhino_jax.search.pins import Spec
 from rhino_jax.search.planner import Reading, Request, energy_of, read, written
 from rhino_jax.search.prices import ClusterPrices, Prices
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
-from rhino_jax.search.selective import chosen_segments
+from rhino_jax.search.selective import chosen_segments, segment_costs
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
 
@@ -171,13 +171,11 @@ class _Search:
         self, policies: Sequence[str], counts: Sequence[int]
     ) -> Iterator[Candidate]:
         for policy in policies:
-            pairs, batch = self.subject.pairs, self.subject.batch_inputs
-            program = apply_remat(self.subject.program, pairs, batch, policy)
-            if policy != NONE and program is self.subject.program:
+            subject = self._under(policy)
+            if policy != NONE and subject.program is self.subject.program:
                 if not self.wish.remat:
                     continue
                 self.notes[NOTHING] = None
-            subject = replace(self.subject, program=program)
             yield from self._on_meshes(subject, policy, counts)
 
     def _fewer(self, best: Candidate) -> Iterator[Candidate]:
@@ -192,19 +190,19 @@ class _Search:
         if not plain:
             return
         near = min(plain, key=lambda c: abs(c.byte_seconds - best.byte_seconds))
-        limit = self.wish.limit_bytes
+        with self._reading():
+            segments = segment_costs(
+                near.subject,
+                near.assignment,
+                near.mesh,
+                self.wish.cluster,
+                self.wish.donated,
+            )
+        limit = self.wish.limit_bytes - near.prediction.memory.input_bytes
         tried: set[tuple[int, ...]] = set()
         for _ in range(MOST_CORRECTIONS):
-            with self._reading():
-                chosen = chosen_segments(
-                    near.subject,
-                    near.assignment,
-                    near.mesh,
-                    self.wish.cluster,
-                    self.wish.donated,
-                    limit,
-                )
-            if chosen is None or chosen in tried:
+            chosen = chosen_segments(segments, limit)
+            if not chosen or chosen in tried:
                 return
             tried.add(chosen)
             found = self._recomputing(chosen, best)
@@ -216,23 +214,13 @@ class _Search:
 
     def _recomputing(self, chosen: tuple[int, ...], best: Candidate) -> Candidate:
         """The plan that recomputes ``chosen`` segments, else sought like ``best``."""
-        was = self.subject
-        program = apply_remat(
-            was.program, was.pairs, was.batch_inputs, BOUNDARY, chosen
-        )
-        subject = replace(was, program=program)
+        subject = self._under(BOUNDARY, chosen)
         with self._reading():
             reading = read(subject)
-        on = linked(self.wish.cluster, best.mesh)
-        request = Request(on, self.prices, pins=self.wish.pins)
-        energy = energy_of(reading, request)
-        ticks = best.byte_seconds * self.prices.ticks_per_second
-        level = self.wish.level if not ticks else 1
-        answer = search_axes(energy, starts(energy), level, ticks)
-        one = _Mesh(reading, energy, answer)
+        one = self._on(reading, best.mesh, best.byte_seconds)
         with self._reading():
             found = self._candidate(
-                subject, one, answer, BOUNDARY, 1, best.byte_seconds
+                subject, one, one.answer, BOUNDARY, 1, best.byte_seconds
             )
         assert found is not None
         return replace(found, segments=chosen)
@@ -242,17 +230,29 @@ class _Search:
     ) -> Iterator[Candidate]:
         with self._reading():
             reading = read(subject)
-        meshes = []
-        for mesh in self.wish.meshes:
-            on = linked(self.wish.cluster, mesh)
-            request = Request(on, self.prices, pins=self.wish.pins)
-            energy = energy_of(reading, request)
-            answer = search_axes(energy, starts(energy), self.wish.level)
-            meshes.append(_Mesh(reading, energy, answer))
+        meshes = [self._on(reading, mesh) for mesh in self.wish.meshes]
         meshes.sort(key=lambda one: one.answer.ticks)
         for one in meshes[: PREDICTED[self.wish.level - 1]]:
             for count in counts:
                 yield from self._up_the_ladder(subject, one, policy, count)
+
+    def _under(self, policy: str, only: Sequence[int] | None = None) -> Subject:
+        """The subject under a remat policy."""
+        was = self.subject
+        program = apply_remat(was.program, was.pairs, was.batch_inputs, policy, only)
+        return replace(was, program=program)
+
+    def _on(self, reading: Reading, mesh: Mesh, byte_seconds: float = 0.0) -> _Mesh:
+        """One mesh searched, at a price for memory."""
+        on = linked(self.wish.cluster, mesh)
+        energy = energy_of(reading, Request(on, self.prices, pins=self.wish.pins))
+        return _Mesh(reading, energy, self._answer(energy, byte_seconds))
+
+    def _answer(self, energy: Energy, byte_seconds: float) -> Answer:
+        """The best answer; at a price for memory level 1 has to do."""
+        level = 1 if byte_seconds else self.wish.level
+        ticks = byte_seconds * self.prices.ticks_per_second
+        return search_axes(energy, starts(energy), level, ticks)
 
     def _up_the_ladder(
         self, subject: Subject, one: _Mesh, policy: str, count: int
@@ -264,8 +264,7 @@ class _Search:
         for price in LADDER:
             per_byte = price * seconds / self.wish.limit_bytes
             if price:
-                ticks = per_byte * self.prices.ticks_per_second
-                answer = search_axes(one.energy, starts(one.energy), 1, ticks)
+                answer = self._answer(one.energy, per_byte)
             if answer in seen:
                 continue
             seen.add(answer)

@@ -7,36 +7,38 @@ computed again. What that costs is read off a plan that recomputes nothing
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rhino_jax.cluster.topology import Cluster
-from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.cost.stretches import Stretch, stretches
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.rules import rule_of
 from rhino_jax.search.frontier import Cost, fastest
+from rhino_jax.search.prices import PICOSECONDS
 from rhino_jax.search.remat import recomputable
 from rhino_jax.search.subject import Subject
 
-TICKS_PER_SECOND = 10**12
+Segmented = tuple[tuple[int, tuple[Cost, ...]], ...]
+"""The number of every segment, and what it costs as it is and, where it can be,
+recomputed."""
 
 
-def chosen_segments(
+def segment_costs(
     subject: Subject,
     assignment: Assignment,
     mesh: Mesh,
     cluster: Cluster,
     donated: tuple[int, ...],
-    limit_bytes: int,
-) -> tuple[int, ...] | None:
-    """The segments to recompute; None where that can not make it fit, or need not.
+) -> Segmented:
+    """What every segment costs; nothing where fewer than two can be recomputed.
 
     Args:
         assignment: the plan of ``subject`` as it stands, nothing recomputed.
-        limit_bytes: of one device, for everything.
     """
     found = recomputable(subject.program, subject.pairs, subject.batch_inputs)
     if sum(bool(again) for _, again in found) < 2:
-        return None
+        return ()
     costs = stretches(
         subject.program,
         assignment,
@@ -46,33 +48,29 @@ def chosen_segments(
         donated,
         [segment for segment, _ in found],
     )
-    inputs = input_bytes(subject, assignment, mesh)
-    picks = fastest(
-        [choices(cost, again) for cost, (_, again) in zip(costs, found, strict=True)],
-        limit_bytes - inputs,
+    return tuple(
+        (segment.index, choices(cost, again))
+        for (segment, again), cost in zip(found, costs, strict=True)
     )
-    if picks is None or not any(picks):
-        return None
-    return tuple(s.index for (s, _), i in zip(found, picks, strict=True) if i)
 
 
-def choices(stretch: Stretch, again: frozenset[int]) -> list[Cost]:
+def chosen_segments(segments: Segmented, limit_bytes: int) -> tuple[int, ...]:
+    """The segments to recompute; none where that can not make it fit, or need not.
+
+    Args:
+        limit_bytes: of one device, for all but the step's inputs.
+    """
+    picks = fastest([costs for _, costs in segments], limit_bytes)
+    if picks is None:
+        return ()
+    return tuple(n for (n, _), i in zip(segments, picks, strict=True) if i)
+
+
+def choices(stretch: Stretch, again: frozenset[int]) -> tuple[Cost, ...]:
     """What a segment costs as it is, and recomputed, where it can be."""
     kept = Cost(0, 0, stretch.saved_bytes, stretch.grad_bytes, stretch.peak_bytes)
     if not again:
-        return [kept]
+        return (kept,)
     seconds = sum(stretch.op_seconds[op] for op in again)
-    ticks = round(seconds * TICKS_PER_SECOND)
-    return [
-        kept,
-        Cost(ticks, 0, stretch.exit_bytes, stretch.grad_bytes, stretch.peak_bytes),
-    ]
-
-
-def input_bytes(subject: Subject, assignment: Assignment, mesh: Mesh) -> int:
-    """The step's inputs on one device."""
-    values = subject.program.values
-    return sum(
-        local_bytes(values[v].shape, values[v].dtype, layout, mesh)
-        for v, layout in zip(subject.program.inputs, assignment.inputs, strict=True)
-    )
+    ticks = round(seconds * PICOSECONDS)
+    return kept, replace(kept, ticks=ticks, saved=stretch.exit_bytes)

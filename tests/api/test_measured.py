@@ -20,7 +20,12 @@ from rhino_jax.ir.mesh import Mesh
 from rhino_jax.search.auto import Wish, plan_search
 from rhino_jax.trace import trace
 
-SMALL = {"seconds": 0.1, "side": 128, "copied_bytes": 2**22, "large_bytes": 2**20}
+SMALL: dict[str, Any] = {
+    "seconds": 0.1,
+    "side": 128,
+    "copied_bytes": 2**22,
+    "large_bytes": 2**20,
+}
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def look_up(folder: Path) -> measured.Measured:
 
 def test_what_is_measured_can_be() -> None:
     """Within what any machine that runs tests has: 1 MFLOPS to 1 PFLOPS."""
-    found = measure(jax.devices(), 2**30, **SMALL)  # type: ignore[arg-type]
+    found = measure(jax.devices(), 2**30, **SMALL)
     assert set(found.flops_per_second) == {"bf16", "f16", "f32", "int8"}
     assert all(1e6 < peak < 1e15 for peak in found.flops_per_second.values())
     assert 1e7 < found.memory_bytes_per_second < 1e14
@@ -64,7 +69,7 @@ def test_measured_once_and_said(kept: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_plans_are_made_for_it() -> None:
     count = len(jax.devices())
-    found = measure(jax.devices(), 2**30, **SMALL)  # type: ignore[arg-type]
+    found = measure(jax.devices(), 2**30, **SMALL)
     cluster = as_cluster(found, count)
 
     def step(w: Any, x: Any) -> Any:

@@ -20,7 +20,7 @@ from rhino_jax.ir.spans import numbers
 from rhino_jax.rules import rule_of
 from rhino_jax.search.frontier import Cost
 from rhino_jax.search.remat import recomputable
-from rhino_jax.search.selective import choices, input_bytes
+from rhino_jax.search.selective import choices
 from rhino_jax.verify.compile_only import installed
 
 LAYERS, WIDTH, HIDDEN, BATCH = 6, 256, 1024, 2048
@@ -89,8 +89,9 @@ def test_segments_add_up_to_the_predicted_peak() -> None:
     total = Cost()
     for stretch, (_, again) in zip(stretches(*given, divided), found, strict=True):
         total = total.then(choices(stretch, again)[0])
-    expected = predict(*given).peak_bytes - input_bytes(subject, assignment, mesh)
-    assert total.peak == pytest.approx(expected, rel=0.02)
+    expected = predict(*given).memory
+    beside = expected.peak_bytes - expected.input_bytes
+    assert total.peak == pytest.approx(beside, rel=0.02)
 
 
 def test_some_recomputed_is_equal_to_the_undecorated_step(
