@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from rhino_jax.api.measured import measured_cluster
-from rhino_jax.cluster.hardware import catalogue_name
+from rhino_jax.cluster.hardware import GIB, catalogue_name
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import ClusterError
@@ -17,7 +20,9 @@ from rhino_jax.errors import ClusterError
 def attached_cluster(devices: Sequence[Any], folder: Path | None = None) -> Cluster:
     """The cluster that ``devices`` (of ``jax.devices()``) are.
 
-    A GPU that the catalogue does not know is measured, and that kept in ``folder``.
+    A GPU that the catalogue does not know is measured, and that kept in ``folder``. A
+    device's memory is what its allocator may take: JAX leaves a quarter of a GPU's
+    alone unless ``XLA_PYTHON_CLIENT_MEM_FRACTION`` says otherwise.
 
     Raises:
         ClusterError: TPUs that the catalogue does not know, or GPUs of several hosts;
@@ -35,14 +40,30 @@ def attached_cluster(devices: Sequence[Any], folder: Path | None = None) -> Clus
             'plan for, such as cluster="h100:1x8" (the nearest device you know)'
         )
     if first.platform == "tpu":
-        return parse_cluster(f"{name}:{_torus(devices)}")
+        return _as_told(parse_cluster(f"{name}:{_torus(devices)}"), devices)
     hosts = Counter(device.process_index for device in devices)
     if len(set(hosts.values())) > 1:
         raise ClusterError(
             f"hosts with different numbers of devices: {sorted(hosts.values())}; "
             "use as many of each"
         )
-    return parse_cluster(f"{name}:{len(hosts)}x{len(devices) // len(hosts)}")
+    cluster = parse_cluster(f"{name}:{len(hosts)}x{len(devices) // len(hosts)}")
+    return _as_told(cluster, devices)
+
+
+def _as_told(cluster: Cluster, devices: Sequence[Any]) -> Cluster:
+    """``cluster`` with the memory that this process's devices tell, in whole GiB.
+
+    Whole ones, so that processes on hosts that differ a little make the same plan.
+    """
+    here = [d for d in devices if d.process_index == jax.process_index()]
+    told = [(d.memory_stats() or {}).get("bytes_limit") for d in here]
+    limits = [limit // GIB * GIB for limit in told if limit]
+    if not limits:
+        return cluster
+    device = cluster.device
+    memory_bytes = min(device.memory_bytes, *limits)
+    return replace(cluster, device=replace(device, memory_bytes=memory_bytes))
 
 
 def _torus(devices: Sequence[Any]) -> str:

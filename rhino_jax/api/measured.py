@@ -23,11 +23,13 @@ import numpy as np
 
 from rhino_jax.api.cache import write_whole
 from rhino_jax.cluster.hardware import CUDA, GIGA, TERA, Device
-from rhino_jax.cluster.topology import MEMORY, PCIE, Cluster, Link
+from rhino_jax.cluster.topology import MEMORY as ALONE
+from rhino_jax.cluster.topology import PCIE, Cluster, Link
+from rhino_jax.cost.compute import EFFICIENCY, MEMORY
 from rhino_jax.errors import ClusterError
 
 FORMAT = 1
-SECONDS = 20.0
+SECONDS, RUNS = 20.0, 8
 SIDE, COPIED_BYTES = 4096, 256 * 2**20
 SMALL_BYTES, LARGE_BYTES = 1024, 64 * 2**20
 TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "int8": "int8"}
@@ -182,19 +184,28 @@ def _links(
 
 
 def _least(run: Callable[[], Any], seconds: float) -> float:
-    """The shortest of as many runs as fit; the first compiles and does not count."""
+    """Seconds of a run: the shortest round of as many as fit in ``seconds``.
+
+    A round is :data:`RUNS` runs, one right after the other, so that starting one does
+    not count. The first run compiles.
+    """
     jax.block_until_ready(run())
     least, until = float("inf"), time.perf_counter() + seconds
     while least == float("inf") or time.perf_counter() < until:
         began = time.perf_counter()
-        jax.block_until_ready(run())
-        least = min(least, time.perf_counter() - began)
+        jax.block_until_ready([run() for _ in range(RUNS)])
+        least = min(least, (time.perf_counter() - began) / RUNS)
     return least
 
 
 def as_cluster(measured: Measured, count: int) -> Cluster:
-    """Measurements as a Cluster of one host."""
-    peaks = measured.flops_per_second
+    """Measurements as a Cluster of one host.
+
+    What a product and a copy reach is a share of the device's peak, as in
+    :data:`rhino_jax.cost.compute.EFFICIENCY`.
+    """
+    share = EFFICIENCY["dot_general"]
+    peaks = {name: peak / share for name, peak in measured.flops_per_second.items()}
     source = "measured on the attached device"
     device = Device(
         measured.kind,
@@ -204,7 +215,7 @@ def as_cluster(measured: Measured, count: int) -> Cluster:
         # No product of jax.lax runs float8 on every device: as bfloat16.
         *(peaks["bf16"], peaks["int8"]),
         measured.memory_bytes,
-        measured.memory_bytes_per_second,
+        measured.memory_bytes_per_second / EFFICIENCY[MEMORY],
         (
             ("flops_per_second", f"{source}; f8 as bf16"),
             ("memory_bytes", "as the attached device tells it"),
@@ -213,7 +224,7 @@ def as_cluster(measured: Measured, count: int) -> Cluster:
     )
     link = Link(
         "measured",
-        PCIE if count > 1 else MEMORY,
+        PCIE if count > 1 else ALONE,
         measured.link_bytes_per_second,
         measured.link_latency_seconds,
         *(source, source),

@@ -2,23 +2,23 @@
 
 An op takes the longer of its arithmetic at the peak of the matrix units and its bytes
 at the memory's bandwidth, each at a share of the data sheet's figure that real kernels
-reach (:data:`EFFICIENCY`). Only matrix products and convolutions are priced by
-arithmetic; all else is bound by memory. Bytes are those of real buffers: what is fused
-away (:mod:`rhino_jax.cost.fusion`) is neither written nor read, and what it was made
-of is read once, by the instruction that is fused away. A first version: no launch
-times, no loss in small or odd shapes, no overlap.
+reach (:data:`EFFICIENCY`), and the launch of its kernel. Only matrix products and
+convolutions are priced by arithmetic; all else is bound by memory. Bytes are those of
+real buffers: what is fused away (:mod:`rhino_jax.cost.fusion`) is neither written nor
+read (:mod:`rhino_jax.cost.traffic`). No loss in small or odd shapes, no overlap.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rhino_jax.cluster.hardware import Device
-from rhino_jax.cost.buffers import PARTIAL_READERS, Instruction, Unfolded
+from rhino_jax.cost.buffers import Instruction, Unfolded
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.reshard import local_bytes
+from rhino_jax.cost.traffic import traffic, whole_bytes
 from rhino_jax.ir.factors import Choice, Rule, layouts
 from rhino_jax.ir.layout import local_size
 from rhino_jax.ir.mesh import Mesh
@@ -26,19 +26,24 @@ from rhino_jax.ir.program import Op, Program, Value
 
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
 CONVOLUTION = "conv_general_dilated"
-MEMORY = "memory"
+MEMORY, OPERANDS = "memory", "operands"
+TILED = frozenset((*PRODUCTS, CONVOLUTION))
 
 EFFICIENCY: Mapping[str, float] = {
-    # XLA's own price of a bf16 product of 69 GFLOP on an H100 is 76 % of peak.
-    **dict.fromkeys(PRODUCTS, 0.75),
-    # Assumed: implicit products with shorter inner loops.
-    CONVOLUTION: 0.5,
-    # Assumed: what a plain copy of large arrays reaches.
-    MEMORY: 0.8,
+    # Alone, products of 2048 and more a side reach 0.69 to 0.77 in bfloat16.
+    **dict.fromkeys(PRODUCTS, 0.72),
+    CONVOLUTION: 0.4,
+    # Products and convolutions that wait for their operands: 0.73 alone, less where
+    # elementwise work is fused into them.
+    OPERANDS: 0.6,
+    # All else: elementwise kernels 0.83 to 0.98, reductions 0.74 to 0.85.
+    MEMORY: 0.92,
 }
-"""Share of the data sheet's peak that kernels reach. A first version, not measured."""
+"""Share of the data sheet's peak that kernels reach. Fitted to six whole steps measured
+on an H100 (``benchmarks/on_gpu.py``)."""
 
-_UPDATES = ("dynamic_update_slice",)
+LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 2e-6, "tpu": 0.0, "cpu": 0.0}
+"""What a kernel takes however little it does. Measured on an H100; 0: not measured."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def kernel_work(
         for v, gone, size in zip((*reads, *makes), fused, sizes, strict=True)
     ]
     count = len(reads)
-    num_bytes = _moved(op.kind, real[:count], real[count:], sum(sizes[count:]))
+    num_bytes = whole_bytes(op.kind, real[:count], real[count:], sum(sizes[count:]))
     flops = op_flops(op, rule, choice, mesh)
     dtypes = tuple(v.dtype for v in reads[:2])
     return _roofline(op.kind, flops, num_bytes, dtypes, device)
@@ -144,7 +149,8 @@ def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Wo
     read and write is part of their own price.
     """
     total = Work()
-    for instruction in unfolded.instructions:
+    moved = traffic(unfolded, fused)
+    for instruction, num_bytes in zip(unfolded.instructions, moved, strict=True):
         if instruction.bodies:
             inner = [work_of(b, fusion(b), mesh, device) for b in instruction.bodies]
             if instruction.kind == "cond":
@@ -152,47 +158,36 @@ def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Wo
             for work in inner:
                 total = total.plus(work, instruction.trips)
         elif not (instruction.step and instruction.step.wire_bytes):
-            total = total.plus(
-                instruction_work(instruction, unfolded, fused, mesh, device)
-            )
+            total = total.plus(instruction_work(instruction, num_bytes, mesh, device))
     return total
 
 
 def instruction_work(
-    at: Instruction, unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device
+    at: Instruction, num_bytes: int, mesh: Mesh, device: Device
 ) -> Work:
-    """The work of one instruction that is no collective and has no bodies."""
-    buffers, written = unfolded.buffers, fused.written
-    reads = [buffers[b].num_bytes if written[b] else 0 for b in at.reads]
-    writes = [buffers[b].num_bytes if written[b] else 0 for b in at.writes]
-    made = sum(buffers[b].num_bytes for b in at.writes)
-    num_bytes = _moved(at.kind, reads, writes, made)
-    if at.rule is None or at.op is None or at.step is not None:
-        return _roofline(at.kind, 0, num_bytes, (), device)
-    flops = op_flops(at.op, at.rule, at.plan.choice, mesh)
-    return _roofline(at.kind, flops, num_bytes, _dtypes(at.program, at.op), device)
+    """The work of one instruction that is no collective and has no bodies.
+
+    ``num_bytes`` are those that it moves (:mod:`rhino_jax.cost.traffic`).
+    """
+    flops = 0
+    dtypes: tuple[str, ...] = ()
+    if at.rule is not None and at.op is not None and at.step is None:
+        flops = op_flops(at.op, at.rule, at.plan.choice, mesh)
+        dtypes = _dtypes(at.program, at.op)
+    work = _roofline(at.kind, flops, num_bytes, dtypes, device)
+    launched = LAUNCH_SECONDS[device.platform] if num_bytes else 0.0
+    return replace(work, seconds=work.seconds + launched)
 
 
 def _dtypes(program: Program, op: Op) -> tuple[str, ...]:
     return tuple(program.values[v].dtype for v in op.operands[:2])
 
 
-def _moved(kind: str, reads: list[int], writes: list[int], made: int) -> int:
-    """Bytes that an op moves, given those of the real buffers it reads and writes."""
-    if kind in PARTIAL_READERS:
-        return sum(min(read, made) for read in reads) + sum(writes)
-    if kind in _UPDATES or kind.startswith("scatter"):
-        # Written in place: what changes is read and written, the rest is left.
-        rest = sum(reads[1:])
-        return rest + min(rest, sum(writes))
-    return sum(reads) + sum(writes)
-
-
 def _roofline(
-    kind: str, flops: int, num_bytes: int, dtypes: tuple[str, ...], device: Device
+    kind: str, flops: int, num_bytes: float, dtypes: tuple[str, ...], device: Device
 ) -> Work:
-    bandwidth = device.memory_bytes_per_second * EFFICIENCY[MEMORY]
-    seconds = num_bytes / bandwidth
+    share = EFFICIENCY[OPERANDS if kind in TILED else MEMORY]
+    seconds = num_bytes / (device.memory_bytes_per_second * share)
     if flops:
         peak = min(device.flops_per_second(dtype) for dtype in dtypes)
         seconds = max(seconds, flops / (peak * EFFICIENCY[kind]))

@@ -5,8 +5,11 @@ The rule used here, for a buffer that a *fused* instruction makes:
 
 1. an opaque instruction reads it, or it is an output: it is written;
 2. nobody reads it, or one instruction does: it is not written;
-3. several read it: it is not written if making it again reads at most
-   :data:`AGAIN` times the bytes that reading it would.
+3. several read it: it is not written if that moves hardly more bytes
+   (:data:`AGAIN`). Written, it costs a write and a read by each reader but the first,
+   who finds it where it is made; not written, each of these reads again what it is
+   made of;
+4. several read it, and it is dear to make (:data:`DEAR`): it is written.
 
 What is not written is made again where it is read, so what *it* is made of must still
 be there: a saved ``gelu(x)`` that is never written keeps ``x`` instead.
@@ -26,7 +29,9 @@ from rhino_jax.cost.buffers import (
     Unfolded,
 )
 
-AGAIN = 1.25
+AGAIN = 1.05
+DEAR = frozenset("tanh erf erfc erf_inv logistic pow".split())
+"""``exp`` is not among them: a softmax is one kernel."""
 MOST_SOURCES = 24
 """A fusion that would read more buffers than this is cut."""
 
@@ -69,10 +74,11 @@ def fusion(unfolded: Unfolded) -> Fusion:
         for made in instruction.writes:
             found = _sources(instruction, made, sources, size)
             readers = len(unfolded.readers[made])
-            again = sum(found.values()) <= AGAIN * size[made]
+            again = sum(found.values()) * (readers - 1)
             if demanded[made] or len(found) > MOST_SOURCES:
                 continue
-            if readers <= 1 or again:
+            dear = instruction.kind in DEAR
+            if readers <= 1 or (not dear and again <= AGAIN * size[made] * readers):
                 written[made] = False
                 sources[made] = found
     return Fusion(tuple(written), tuple(sources), reduced)

@@ -15,6 +15,7 @@ from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import instruction_work
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.memory import HABITS, Held
+from rhino_jax.cost.traffic import traffic
 from rhino_jax.ir.analysis.segments import Segment
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
@@ -102,15 +103,14 @@ def _op_seconds(
 ) -> dict[int, float]:
     """Seconds by op, each with the moves of its operands."""
     found: dict[int, float] = {}
-    for one in unfolded.instructions:
-        spent = _seconds(one, unfolded, fused, mesh, cluster)
+    moved = traffic(unfolded, fused)
+    for one, num_bytes in zip(unfolded.instructions, moved, strict=True):
+        spent = _seconds(one, num_bytes, mesh, cluster)
         found[one.index] = found.get(one.index, 0.0) + spent
     return found
 
 
-def _seconds(
-    one: Instruction, unfolded: Unfolded, fused: Fusion, mesh: Mesh, cluster: Cluster
-) -> float:
+def _seconds(one: Instruction, num_bytes: int, mesh: Mesh, cluster: Cluster) -> float:
     if one.bodies:
         return one.trips * sum(
             sum(_op_seconds(body, fusion(body), mesh, cluster).values())
@@ -118,4 +118,4 @@ def _seconds(
         )
     if one.step and one.step.wire_bytes:
         return step_seconds(one.step, mesh, cluster)
-    return instruction_work(one, unfolded, fused, mesh, cluster.device).seconds
+    return instruction_work(one, num_bytes, mesh, cluster.device).seconds

@@ -15,6 +15,7 @@ from rhino_jax.cost.buffers import unfold
 from rhino_jax.cost.compute import (
     EFFICIENCY,
     MEMORY,
+    OPERANDS,
     Work,
     op_flops,
     op_work,
@@ -29,12 +30,12 @@ from rhino_jax.ir.program import Program
 from rhino_jax.rules import rule_of
 from tests.cost.plans import ONE, f32, planned, program, traced_whole, trained
 
-# A device of round numbers: 4 flops or 2 bytes take a second at full efficiency.
+# A device of round numbers: 4 flops, or 2 bytes of a product's, take a second.
 SLOW = replace(
     CATALOGUE["cpu"],
     f32_flops_per_second=4.0 / EFFICIENCY["dot_general"],
     bf16_flops_per_second=8.0 / EFFICIENCY["dot_general"],
-    memory_bytes_per_second=2.0 / EFFICIENCY[MEMORY],
+    memory_bytes_per_second=2.0 / EFFICIENCY[OPERANDS],
 )
 DIMS = (("dimension_numbers", (((1,), (0,)), ((), ()))),)
 PRODUCT = program(
@@ -78,7 +79,7 @@ def test_the_roofline_takes_the_longer_of_the_two() -> None:
         device = replace(
             SLOW,
             f32_flops_per_second=flops_per_second / EFFICIENCY["dot_general"],
-            memory_bytes_per_second=bytes_per_second / EFFICIENCY[MEMORY],
+            memory_bytes_per_second=bytes_per_second / EFFICIENCY[OPERANDS],
         )
         return op_work(PRODUCT, op, rule, Choice(), ONE, device).seconds
 
@@ -210,4 +211,6 @@ def test_an_op_without_a_table_entry_is_bound_by_memory() -> None:
     of = program([(10,), (10,)], (0,), [("mystery", (0,), (1,))], (1,))
     op = of.ops[0]
     found = op_work(of, op, rule_of(of, op), Choice(), ONE, SLOW)
-    assert found == Work(0, 80, pytest.approx(40))
+    assert found == Work(
+        0, 80, pytest.approx(40 * EFFICIENCY[OPERANDS] / EFFICIENCY[MEMORY])
+    )

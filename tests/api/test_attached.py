@@ -1,0 +1,48 @@
+"""The attached devices as a cluster, from what devices tell of themselves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from rhino_jax.api.attached import attached_cluster
+from rhino_jax.cluster.hardware import CATALOGUE, GIB
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def gpu(host: int = 0, limit_bytes: int | None = None) -> Any:
+    stats = None if limit_bytes is None else {"bytes_limit": limit_bytes}
+    return SimpleNamespace(
+        platform="gpu",
+        device_kind=H100,
+        process_index=host,
+        memory_stats=lambda: stats,
+    )
+
+
+def test_memory_is_what_the_allocator_may_take() -> None:
+    # JAX takes three quarters of a GPU unless told otherwise: 59.4 GiB of an H100.
+    found = attached_cluster([gpu(limit_bytes=int(59.4 * GIB)) for _ in range(8)])
+    assert (found.name, found.device.memory_bytes) == ("h100:1x8", 59 * GIB)
+
+
+def test_devices_of_one_process_may_differ() -> None:
+    found = attached_cluster([gpu(limit_bytes=60 * GIB), gpu(limit_bytes=50 * GIB)])
+    assert found.device.memory_bytes == 50 * GIB
+
+
+def test_the_catalogue_where_nothing_is_told_or_more() -> None:
+    known = CATALOGUE["h100"].memory_bytes
+    assert attached_cluster([gpu()]).device.memory_bytes == known
+    assert attached_cluster([gpu(limit_bytes=2**40)]).device.memory_bytes == known
+
+
+def test_devices_of_other_processes_are_not_asked() -> None:
+    def never() -> Any:
+        raise AssertionError("asked a device of another process")
+
+    there = gpu(host=1)
+    there.memory_stats = never
+    found = attached_cluster([gpu(limit_bytes=70 * GIB), there])
+    assert (found.name, found.device.memory_bytes) == ("h100:2x1", 70 * GIB)
