@@ -257,11 +257,15 @@ class _Search:
     def _up_the_ladder(
         self, subject: Subject, one: _Mesh, policy: str, count: int
     ) -> Iterator[Candidate]:
-        """Answers at rising prices for memory, until one fits."""
+        """Answers at rising prices for memory, until one fits.
+
+        One device has one answer at any price.
+        """
         seconds = one.answer.ticks / self.prices.ticks_per_second
+        ladder = LADDER if one.energy.mesh.axes else LADDER[:1]
         seen: set[Answer] = set()
         answer = one.answer
-        for price in LADDER:
+        for price in ladder:
             per_byte = price * seconds / self.wish.limit_bytes
             if price:
                 answer = self._answer(one.energy, per_byte)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 
 import pytest
@@ -46,10 +47,16 @@ def random_cost(draw: random.Random) -> Cost:
 
 
 def random_segments(draw: random.Random) -> Segments:
-    """A few segments of a few options; often several equal ones in a row."""
+    """A few segments of a few options; often several equal ones in a row.
+
+    In one of three problems nothing is held and no gradients are left.
+    """
     found: Segments = []
+    bare = draw.random() < 1 / 3
     while len(found) < draw.randrange(2, 7):
         one = [random_cost(draw) for _ in range(draw.randrange(1, 4))]
+        if bare:
+            one = [replace(cost, held=0, grad=0) for cost in one]
         found += [one] * draw.choice((1, 1, 2, 3))
     return found[:7]
 
