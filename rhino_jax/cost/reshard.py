@@ -30,7 +30,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from rhino_jax.ir.layout import Layout, Split
@@ -41,6 +41,7 @@ from rhino_jax.ir.steps import (
     ALL_REDUCE,
     ALL_TO_ALL,
     EMBED,
+    FREE,
     MASK,
     PERMUTE,
     REDUCE_SCATTER,
@@ -151,30 +152,23 @@ def _wire_bytes(
     axes: tuple[str, ...],
 ) -> int:
     size = mesh.group_size(axes)
-    if size == 1 or TIME in axes:
+    if size == 1 or kind in FREE or TIME in axes:
         return 0
+    if kind == ALL_GATHER:
+        return local_bytes(shape, dtype, after, mesh) * (size - 1) // size
     held = local_bytes(shape, dtype, before, mesh)
+    if kind == PERMUTE:
+        return held
     share = held * (size - 1) // size
-    return {
-        ALL_REDUCE: 2 * share,
-        REDUCE_SCATTER: share,
-        ALL_TO_ALL: share,
-        PERMUTE: held,
-        ALL_GATHER: local_bytes(shape, dtype, after, mesh) * (size - 1) // size,
-    }.get(kind, 0)
+    return {ALL_REDUCE: 2 * share, REDUCE_SCATTER: share, ALL_TO_ALL: share}[kind]
 
 
 def _state(layout: Layout, axis: str) -> State:
-    return layout.find(axis) or layout.operator(axis) or WHOLE
+    return layout.uses.get(axis, WHOLE)
 
 
-def _with(layout: Layout, axis: str, state: State) -> Layout:
-    base = layout.without((axis,))
-    if state == WHOLE:
-        return base
-    if isinstance(state, str):
-        return base.with_partial(axis, state)
-    return base.with_split(*state)
+def _with(layout: Layout, states: Iterable[tuple[str, State]]) -> Layout:
+    return layout.using({axis: None if x == WHOLE else x for axis, x in states})
 
 
 def _kind(now: State, goal: State) -> str:
@@ -214,10 +208,8 @@ def _changes(
             continue
         for group in _groups(kind, single, mesh):
             axes = tuple(axis for axis, _ in group)
-            after = now.without(axes)
-            for axis, goal in group:
-                after = _with(after, axis, goal)
-            if not after.problems(shape, mesh) and not (
+            after = _with(now, group)
+            if after.fits(shape, mesh) and not (
                 kind == ALL_TO_ALL and _overlaps(shape, now, after, axes, mesh)
             ):
                 yield kind, axes, after
@@ -267,12 +259,21 @@ def _overlaps(
     for axis in axes:
         where = after.find(axis)
         assert where is not None
-        stand_in = Axis(axis + "_", mesh.size(axis))
-        probe = Mesh((*mesh.axes, stand_in))
-        both = now.with_split(where[0], Split(stand_in.name, where[1].stride))
-        if both.problems(shape, probe):
+        dim, split = where
+        both = now.with_split(dim, Split(_stand_in(axis), split.stride))
+        if not both.fits(shape, _probe(mesh, axis)):
             return True
     return False
+
+
+def _stand_in(axis: str) -> str:
+    return axis + "_"
+
+
+@lru_cache(maxsize=1000)
+def _probe(mesh: Mesh, axis: str) -> Mesh:
+    """``mesh`` and another axis like ``axis``."""
+    return Mesh((*mesh.axes, Axis(_stand_in(axis), mesh.size(axis))))
 
 
 def _swap(now: Layout, target: Layout, mesh: Mesh) -> Change | None:
@@ -292,8 +293,7 @@ def _swap(now: Layout, target: Layout, mesh: Mesh) -> Change | None:
             back = _state(target, a)
             moved = _rename(other, a)
             if back == moved and (other == WHOLE or isinstance(other, tuple)):
-                after = now.without((a, b))
-                after = _with(_with(after, b, goal), a, moved)
+                after = _with(now, ((b, goal), (a, moved)))
                 return PERMUTE, mesh.in_order((a, b)), after
     return None
 

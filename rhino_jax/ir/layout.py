@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from rhino_jax.ir.mesh import Mesh
 
@@ -39,6 +39,8 @@ class Split:
 
 Dim = tuple[Split, ...]
 """The splits of one dimension, by falling stride."""
+Use = str | tuple[int, Split]
+"""What an axis does: an operator's name (partial), or a dimension and a digit of it."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,13 @@ class Layout:
     partial: tuple[tuple[str, str], ...] = ()
 
     def __hash__(self) -> int:
-        # Layouts are keys everywhere: the hash is taken once.
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.dims, self.partial))
+        # Layouts are keys everywhere: the hash is taken once. (A cached_property takes
+        # a lock in Python 3.11, and most layouts of a search live shortly.)
+        known = self.__dict__
+        if "_hash" not in known:
+            known["_hash"] = hash((self.dims, self.partial))
+        found: int = known["_hash"]
+        return found
 
     @staticmethod
     def replicated(rank: int) -> Layout:
@@ -92,25 +95,57 @@ class Layout:
     def axes(self) -> tuple[str, ...]:
         return self.split_axes + self.partial_axes
 
+    @property
+    def uses(self) -> Mapping[str, Use]:
+        """What each axis does here: its operator, or the dimension and digit it splits.
+
+        >>> Layout.of((), (("d", 4),), partial=[("t", "sum")]).uses
+        {'d': (1, Split(axis='d', stride=4)), 't': 'sum'}
+        """
+        known = self.__dict__
+        if "_uses" not in known:
+            known["_uses"] = {
+                split.axis: (index, split)
+                for index, dim in enumerate(self.dims)
+                for split in dim
+            } | dict(self.partial)
+        found: Mapping[str, Use] = known["_uses"]
+        return found
+
     def find(self, axis: str) -> tuple[int, Split] | None:
         """The dimension and digit that ``axis`` splits, if it splits one."""
-        for index, dim in enumerate(self.dims):
-            for split in dim:
-                if split.axis == axis:
-                    return index, split
-        return None
+        use = self.uses.get(axis)
+        return use if isinstance(use, tuple) else None
 
     def operator(self, axis: str) -> str | None:
         """The operator this value is partial with over ``axis``, if it is."""
-        return dict(self.partial).get(axis)
+        use = self.uses.get(axis)
+        return use if isinstance(use, str) else None
 
     def without(self, axes: Iterable[str]) -> Layout:
         """This layout, neither split nor partial over ``axes``."""
-        drop = set(axes)
-        return Layout(
-            tuple(tuple(s for s in dim if s.axis not in drop) for dim in self.dims),
-            tuple((a, op) for a, op in self.partial if a not in drop),
-        )
+        return self.using(dict.fromkeys(axes))
+
+    def using(self, changes: Mapping[str, Use | None]) -> Layout:
+        """This layout with axes doing something else; None is nothing.
+
+        >>> str(Layout.of((("d", 4),), ()).using({"d": (1, Split("d", 2)), "t": "sum"}))
+        '[-,d/2]+sum(t)'
+        """
+        dims, partial = list(self.dims), self.partial
+        for axis in changes:
+            was = self.uses.get(axis)
+            if isinstance(was, tuple):
+                dims[was[0]] = tuple(s for s in dims[was[0]] if s.axis != axis)
+            elif was is not None:
+                partial = tuple(pair for pair in partial if pair[0] != axis)
+        for axis, use in changes.items():
+            if isinstance(use, tuple):
+                index, split = use
+                dims[index] = sorted_dim((*dims[index], split))
+            elif use is not None:
+                partial = tuple(sorted((*partial, (axis, use))))
+        return Layout(tuple(dims), partial)
 
     def settled(self) -> Layout:
         """This layout with nothing left partial."""
@@ -148,6 +183,16 @@ class Layout:
             i
             for i, (n, dim) in enumerate(zip(shape, self.dims, strict=True))
             if padded_size(n, dim, mesh) != n
+        )
+
+    def fits(self, shape: tuple[int, ...], mesh: Mesh) -> bool:
+        """Whether the splits of each dimension fit it and one another.
+
+        :meth:`problems` says more, and looks at the axes too.
+        """
+        return not any(
+            dim and _dim_problem(n, dim, mesh)
+            for n, dim in zip(shape, self.dims, strict=True)
         )
 
     def problems(self, shape: tuple[int, ...], mesh: Mesh) -> list[str]:
@@ -239,6 +284,7 @@ def contiguous(size: int, axes: Iterable[str], mesh: Mesh) -> Dim:
     return tuple(splits)
 
 
+@lru_cache(maxsize=200_000)
 def _dim_problem(size: int, dim: Dim, mesh: Mesh) -> str:
     if not dim:
         return ""

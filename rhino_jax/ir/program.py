@@ -36,6 +36,10 @@ def itemsize(dtype: str) -> float:
     return int(bits.group()) / 8
 
 
+WAITS = "waits"
+"""The parameter of an op that names values: ones that must be there before it runs."""
+
+
 @dataclass(frozen=True)
 class Value:
     """One array of a Program: its shape and dtype, and a literal scalar's value."""

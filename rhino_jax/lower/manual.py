@@ -20,7 +20,7 @@ from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.factors import Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.program import WAITS, Op, Program
 from rhino_jax.ir.steps import Move
 from rhino_jax.lower.control import CONTROL
 from rhino_jax.lower.local import run_local
@@ -152,7 +152,7 @@ def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
         ]
         outs = CONTROL[op.kind](op, bodies, args)
     else:
-        args = frame.after(op.param.get("waits", ()), args)
+        args = frame.after(op.param.get(WAITS, ()), args)
         shard = Shard(
             op,
             rule,

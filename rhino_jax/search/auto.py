@@ -21,7 +21,7 @@ from rhino_jax.errors import InfeasibleError, problems
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.rules import rule_of
-from rhino_jax.search.descend import Answer, search_axes, starts
+from rhino_jax.search.descend import Answer, gap, search_axes, starts
 from rhino_jax.search.energy import Energy
 from rhino_jax.search.microbatch import microbatched
 from rhino_jax.search.pins import Spec
@@ -78,6 +78,10 @@ class Candidate:
     byte_seconds: float
     segments: tuple[int, ...] | None = None
     """The segments that are recomputed, where not all are."""
+    sought: tuple[Energy, Answer] | None = field(
+        default=None, repr=False, compare=False
+    )
+    """What the search saw of it."""
 
     def __str__(self) -> str:
         seconds, peak = self.prediction.step_seconds, self.prediction.peak_bytes
@@ -138,6 +142,8 @@ class _Search:
         self.subject = subject
         self.wish = wish
         self.prices: Prices = ClusterPrices(wish.cluster)
+        self.meshes = list(wish.meshes)
+        """The best ones, once they were compared: what else is tried, on these."""
         self.considered: list[Candidate] = []
         self.notes: dict[str, None] = {}
         self.refused = False
@@ -150,9 +156,23 @@ class _Search:
             fitting = [c for c in self.considered if self._fits(c)]
             if fitting:
                 best = min([*fitting, *self._fewer(min(fitting, key=_rank))], key=_rank)
-                notes, seconds = tuple(self.notes), self.reading_seconds
-                return Searched(best, tuple(self.considered), notes, seconds)
+                notes = (*self.notes, *self._unproven(best))
+                considered = tuple(self.considered)
+                return Searched(best, considered, notes, self.reading_seconds)
         raise self._infeasible()
+
+    def _unproven(self, best: Candidate) -> Iterator[str]:
+        """What is to be said of a plan that is not the best for certain."""
+        assert best.sought is not None
+        energy, answer = best.sought
+        if answer.proven:
+            return
+        ticks = best.byte_seconds * self.prices.ticks_per_second
+        share = gap(energy, answer, ticks)
+        yield (
+            "too wide to be searched to the end: by the search's own prices, another "
+            f"plan could be at most {share:.1%} cheaper along one mesh axis"
+        )
 
     def _ways(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
         """Ever more that is done to fit: (remat policies, counts of microbatches)."""
@@ -230,9 +250,13 @@ class _Search:
     ) -> Iterator[Candidate]:
         with self._reading():
             reading = read(subject)
-        meshes = [self._on(reading, mesh) for mesh in self.wish.meshes]
+        meshes = [self._on(reading, mesh) for mesh in self.meshes]
         meshes.sort(key=lambda one: one.answer.ticks)
-        for one in meshes[: PREDICTED[self.wish.level - 1]]:
+        kept = meshes[: PREDICTED[self.wish.level - 1]]
+        self.meshes = [one.energy.mesh for one in kept]
+        for one in kept:
+            if self.wish.level > 1:
+                one.answer = self._answer(one.energy, level=self.wish.level)
             for count in counts:
                 yield from self._up_the_ladder(subject, one, policy, count)
 
@@ -248,9 +272,10 @@ class _Search:
         energy = energy_of(reading, Request(on, self.prices, pins=self.wish.pins))
         return _Mesh(reading, energy, self._answer(energy, byte_seconds))
 
-    def _answer(self, energy: Energy, byte_seconds: float) -> Answer:
-        """The best answer; at a price for memory level 1 has to do."""
-        level = 1 if byte_seconds else self.wish.level
+    def _answer(
+        self, energy: Energy, byte_seconds: float = 0.0, level: int = 1
+    ) -> Answer:
+        """The best answer of a level; which mesh is best is told by level 1."""
         ticks = byte_seconds * self.prices.ticks_per_second
         return search_axes(energy, starts(energy), level, ticks)
 
@@ -259,16 +284,15 @@ class _Search:
     ) -> Iterator[Candidate]:
         """Answers at rising prices for memory, until one fits.
 
-        One device has one answer at any price.
+        The highest price is tried right after none: where that does not fit, nothing
+        between is tried. One device has one answer at any price.
         """
         seconds = one.answer.ticks / self.prices.ticks_per_second
-        ladder = LADDER if one.energy.mesh.axes else LADDER[:1]
+        first, *between, last = LADDER if one.energy.mesh.axes else (0.0, 0.0)
         seen: set[Answer] = set()
-        answer = one.answer
-        for price in ladder:
+        for price in (first, last, *between):
             per_byte = price * seconds / self.wish.limit_bytes
-            if price:
-                answer = self._answer(one.energy, per_byte)
+            answer = self._answer(one.energy, per_byte) if price else one.answer
             if answer in seen:
                 continue
             seen.add(answer)
@@ -277,7 +301,7 @@ class _Search:
             if found is None:
                 return
             yield found
-            if self._fits(found):
+            if self._fits(found) == (price != last):
                 return
 
     def _candidate(
@@ -310,7 +334,14 @@ class _Search:
             self.wish.donated,
         )
         return Candidate(
-            subject, mesh, assignment, prediction, policy, count, byte_seconds
+            subject,
+            mesh,
+            assignment,
+            prediction,
+            policy,
+            count,
+            byte_seconds,
+            sought=(one.energy, answer),
         )
 
     @contextmanager

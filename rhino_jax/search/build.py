@@ -143,6 +143,10 @@ class _Builder:
     def _tied(self, scope: _Scope, index: int) -> int:
         return index if scope.path else self.facts.ties.ops.get(index, index)
 
+    def _region(self, scope: _Scope, index: int) -> str:
+        """The region of an op; a copy's is that of what it repeats."""
+        return scope.region or self.facts.region[self._tied(scope, index)]
+
     # ---- reading
 
     def _read(
@@ -192,7 +196,7 @@ class _Builder:
         program = scope.program
         count = products = 0
         for index in program.uses.get(v, ()):
-            region = scope.region or self.facts.region[index]
+            region = self._region(scope, index)
             if group_of(v in scope.batch, region) == group:
                 op = program.ops[index]
                 times = op.operands.count(v)
@@ -206,7 +210,7 @@ class _Builder:
 
     def _walk(self, scope: _Scope) -> None:
         for index, op in enumerate(scope.program.ops):
-            region = scope.region or self.facts.region[index]
+            region = self._region(scope, index)
             if op.programs:
                 results = _OPEN[op.kind](self, scope, index, op, region)
                 scope.env.update(zip(op.results, results, strict=True))

@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rhino_jax.search.domains import SPLIT, Domain, Slots
+from rhino_jax.search.eliminate import lower_bound
 from rhino_jax.search.energy import Energy
 from rhino_jax.search.graph import INPUT, STORED
 from rhino_jax.search.local import greedy
-from rhino_jax.search.solve import solve
+from rhino_jax.search.solve import SMALL_TABLE, solve
 
 MOST_ROUNDS = 8
 
@@ -150,3 +151,21 @@ def whole(energy: Energy, memory_ticks: float) -> Answer:
     domains = [k.domain((at,)) for k, at in zip(energy.kinds, slots, strict=True)]
     found = solve(energy.problem(domains, memory_ticks))
     return Answer(slots, found.cost)
+
+
+def gap(energy: Energy, answer: Answer, memory_ticks: float = 0.0) -> float:
+    """By what share of its cost ``answer`` could be cheaper if one axis changed.
+
+    An upper bound, the largest of all axes; 0 where every step was solved exactly.
+    """
+    if answer.proven:
+        return 0.0
+    most = 0.0
+    for axis, of in enumerate(energy.mesh.axes):
+        if of.size == 1:
+            continue
+        at = zip(energy.kinds, answer.slots, strict=True)
+        problem = energy.problem([k.around(x, axis) for k, x in at], memory_ticks)
+        bound = lower_bound(problem, SMALL_TABLE)
+        most = max(most, (answer.ticks - bound) / max(answer.ticks, 1))
+    return most

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,8 @@ MOST_DIMENSIONS = 30
 """Of a table; numpy has a limit of its own."""
 
 Scope = tuple[int, ...]
+Step = tuple[int, Scope, Array]
+"""A variable, what it depends on, and its best value for each of that."""
 
 
 @dataclass
@@ -96,34 +98,17 @@ def eliminate(
     """
     state = _open(problem)
     answer = list(incumbent or (0,) * len(problem.nodes))
-    trail: list[tuple[int, Scope, Array]] = []
+    trail: list[Step] = []
     held: list[int] = []
-    gone = [False] * len(answer)
-    for v, size in enumerate(state.sizes):
-        if size == 1:
-            answer[v], gone[v] = 0, True
-            _hold(state, v, 0)
-    queue = [(state.entries(v), v) for v in range(len(answer)) if not gone[v]]
-    heapq.heapify(queue)
-    while queue:
-        entries, v = heapq.heappop(queue)
-        if gone[v] or entries != state.entries(v):
-            continue
-        if entries > largest_table:
-            if exact:
-                return None
-            hub = max((v, *state.beside[v]), key=lambda u: (len(state.beside[u]), -u))
-            touched = _hold(state, hub, answer[hub])
-            held.append(hub)
-            gone[hub] = True
-            if hub != v:
-                touched.add(v)
+    for v, wide in _order(state, largest_table):
+        if wide and exact:
+            return None
+        if wide or state.sizes[v] == 1:
+            answer[v] = 0 if state.sizes[v] == 1 else answer[v]
+            held += [v] if wide else []
+            _hold(state, v, answer[v])
         else:
-            touched = _minimize(state, v, trail)
-            gone[v] = True
-        for u in touched:
-            if not gone[u]:
-                heapq.heappush(queue, (state.entries(u), u))
+            _minimize(state, v, trail)
     for v, scope, best in reversed(trail):
         answer[v] = int(best[tuple(answer[u] for u in scope)])
     cost = problem.cost(answer)
@@ -131,23 +116,96 @@ def eliminate(
     return Solution(tuple(answer), cost, bound, tuple(sorted(held)))
 
 
-def _hold(state: _Tables, v: int, value: int) -> set[int]:
-    """Fix ``v`` in every table it is in. Its neighbours are returned."""
+def lower_bound(problem: Problem, largest_table: int = LARGEST_TABLE) -> int:
+    """A cost that no answer undercuts; the optimum itself where the problem is narrow.
+
+    Where every table would be too large, each table that the widest variable is in
+    takes its own best value of it (mini-buckets: Dechter and Rish, Journal of the ACM
+    50(2), 2003).
+
+    >>> node, pair = np.array([0, 1]), np.array([[5, 0], [0, 5]])
+    >>> lower_bound(Problem.of([node, node], [(0, 1, pair)]))
+    1
+    """
+    state = _open(problem)
+    total, trail = 0, list[Step]()
+    for v, wide in _order(state, largest_table):
+        if wide or state.sizes[v] == 1:
+            total += _relax(state, v)
+        else:
+            total += _minimize(state, v, trail)
+    return total
+
+
+def _order(state: _Tables, largest_table: int) -> Iterator[tuple[int, bool]]:
+    """The variable to go next, and whether its table, as all others, is too large.
+
+    Of variables with one value each goes at once. Where all are too wide, the one with
+    most neighbours goes, of one of the narrowest and its neighbours.
+    """
+    gone = [False] * len(state.sizes)
+
+    def go(v: int, wide: bool = False) -> Iterator[tuple[int, bool]]:
+        around = set(state.beside[v])
+        yield v, wide
+        gone[v] = True
+        for u in around:
+            if not gone[u]:
+                heapq.heappush(queue, (state.entries(u), u))
+
+    queue: list[tuple[float, int]] = []
+    for v, size in enumerate(state.sizes):
+        if size == 1:
+            yield from go(v)
+    queue = [(state.entries(v), v) for v, done in enumerate(gone) if not done]
+    heapq.heapify(queue)
+    while queue:
+        entries, v = heapq.heappop(queue)
+        if gone[v] or entries != state.entries(v):
+            continue
+        if entries <= largest_table:
+            yield from go(v)
+            continue
+        hub = max((v, *state.beside[v]), key=lambda u: (len(state.beside[u]), -u))
+        yield from go(hub, True)
+        if hub != v:
+            heapq.heappush(queue, (state.entries(v), v))
+
+
+def _leave(state: _Tables, v: int) -> None:
+    """``v`` is nobody's neighbour any more."""
+    for u in state.beside[v]:
+        state.beside[u].discard(v)
+    state.beside[v] = set()
+
+
+def _relax(state: _Tables, v: int) -> int:
+    """Let every table that ``v`` is in choose its value alone. What is left of those
+    that were about nothing else is returned."""
+    alone = 0
+    for scope, table in state.take(v):
+        rest = tuple(u for u in scope if u != v)
+        least = table.min(axis=scope.index(v))
+        if rest:
+            state.add(rest, least)
+        else:
+            alone += int(least)
+    _leave(state, v)
+    return alone
+
+
+def _hold(state: _Tables, v: int, value: int) -> None:
+    """Fix ``v`` in every table it is in."""
     for scope, table in state.take(v):
         rest = tuple(u for u in scope if u != v)
         if rest:
             state.add(rest, table.take(value, axis=scope.index(v)))
-    touched = state.beside[v]
-    for u in touched:
-        state.beside[u].discard(v)
-    state.beside[v] = set()
-    return set(touched)
+    _leave(state, v)
 
 
-def _minimize(
-    state: _Tables, v: int, trail: list[tuple[int, Scope, Array]]
-) -> set[int]:
-    """Eliminate ``v``. Its neighbours, each other's neighbours now, are returned."""
+def _minimize(state: _Tables, v: int, trail: list[Step]) -> int:
+    """Eliminate ``v``: its neighbours become each other's. Without neighbours its best
+    price is returned, else 0."""
     scope = (v, *sorted(state.beside[v]))
     place = {u: k for k, u in enumerate(scope)}
     total: Array | None = None
@@ -164,9 +222,10 @@ def _minimize(
         total = np.broadcast_to(total, full)
     trail.append((v, scope[1:], total.argmin(axis=0)))
     touched = set(scope[1:])
+    least = total.min(axis=0)
     if touched:
-        state.add(scope[1:], np.minimum(total.min(axis=0), 2 * FORBIDDEN))
+        state.add(scope[1:], np.minimum(least, 2 * FORBIDDEN))
+    _leave(state, v)
     for u in touched:
-        state.beside[u].discard(v)
         state.beside[u] |= touched - {u}
-    return touched
+    return 0 if touched else int(least)

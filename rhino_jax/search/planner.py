@@ -23,6 +23,7 @@ from rhino_jax.search.graph import INPUT, STATE, Facts, Graph, Ties
 from rhino_jax.search.parts import Parts, all_parts
 from rhino_jax.search.pins import Pinned, Spec, checked_pins
 from rhino_jax.search.prices import Prices
+from rhino_jax.search.remat_scans import REMATERIALIZE
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.write import write
 
@@ -80,11 +81,12 @@ def read(subject: Subject) -> Reading:
     """Regions, segments and classes of a subject's Program."""
     program, pairs = subject.program, subject.pairs
     found = regions(program, pairs, subject.batch_inputs)
-    ties = Ties()
+    classes: Sequence[SegmentClass] = ()
     if len(program.ops) > MOST_UNTIED_OPS:
         places = cuts(program, found, pairs, HEAVY)
         segmentation = segments(program, found, places, pairs, HEAVY)
-        ties = ties_of(program, segment_classes(program, found, segmentation, pairs))
+        classes = segment_classes(program, found, segmentation, pairs)
+    ties = ties_of(program, classes, copies_of(program))
     roles = [STATE if i in pairs else INPUT for i in range(len(program.inputs))]
     facts = Facts(
         roles,
@@ -105,11 +107,13 @@ def read(subject: Subject) -> Reading:
     return Reading(subject, facts, found, graph, all_parts(graph))
 
 
-def ties_of(program: Program, classes: Sequence[SegmentClass]) -> Ties:
+def ties_of(
+    program: Program, classes: Sequence[SegmentClass], copies: Mapping[int, int]
+) -> Ties:
     """Ops and values of equal segments that are decided together.
 
     Where segments of a class follow one another directly, every second one is tied, so
-    that a column may follow a row.
+    that a column may follow a row. ``copies`` are decided like what they are copies of.
     """
     ops: dict[int, int] = {}
     values: dict[int, int] = {}
@@ -123,10 +127,34 @@ def ties_of(program: Program, classes: Sequence[SegmentClass]) -> Ties:
             for v, w in one.value_map(member, first).items():
                 if v in inputs and w in inputs:
                     values[v] = w
+    ops.update({index: ops.get(first, first) for index, first in copies.items()})
     for index, first in ops.items():
         made = zip(program.ops[index].results, program.ops[first].results, strict=True)
         values.update(made)
     return Ties(ops, values)
+
+
+def copies_of(program: Program) -> Mapping[int, int]:
+    """Ops that a rematerialized Program does again, each with the one it repeats.
+
+    What reads the same values, ``rematerialize`` looked through, computes the same.
+    """
+    same: dict[int, int] = {}
+    found: dict[int, int] = {}
+    known: dict[object, int] = {}
+    if not any(op.kind == REMATERIALIZE for op in program.ops):
+        return found
+    for index, op in enumerate(program.ops):
+        reads = tuple(same.get(v, v) for v in op.operands)
+        if op.kind == REMATERIALIZE:
+            same.update(zip(op.results, reads, strict=True))
+        elif not op.effects and not op.programs:
+            first = known.setdefault((op.kind, reads, op.params), index)
+            if first != index:
+                found[index] = first
+                before = program.ops[first].results
+                same.update(zip(op.results, before, strict=True))
+    return found
 
 
 def energy_of(reading: Reading, request: Request) -> Energy:

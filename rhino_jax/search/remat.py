@@ -23,7 +23,7 @@ from rhino_jax.ir.analysis.cuts import cuts
 from rhino_jax.ir.analysis.regions import BACKWARD, EPILOGUE, Regions, regions
 from rhino_jax.ir.analysis.segments import Segment, Segmentation, segments
 from rhino_jax.ir.check import check
-from rhino_jax.ir.program import Op, Program, Value
+from rhino_jax.ir.program import WAITS, Op, Program, Value
 from rhino_jax.rules import HEAVY
 from rhino_jax.search.remat_scans import (
     REMATERIALIZE,
@@ -199,7 +199,7 @@ class _Rewriting:
         renamed[v], waited[anchor] = self._new(v), self._new(anchor)
         where = self.program.ops[place].where
         makes = renamed[v], waited[anchor]
-        return Op(REMATERIALIZE, reads, makes, (("waits", waits),), where=where)
+        return Op(REMATERIALIZE, reads, makes, ((WAITS, waits),), where=where)
 
     def _copy(self, index: int, renamed: dict[int, int]) -> Op:
         op = self.program.ops[index]

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cluster.topology import linked
 from rhino_jax.errors import InfeasibleError, PinError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.plan import collectives
+from rhino_jax.search import auto, planner
 from rhino_jax.search.auto import Wish, plan_search
 from rhino_jax.search.choose import plan_recipe
 from rhino_jax.search.descend import orders
 from rhino_jax.search.energy import Energy
-from rhino_jax.search.planner import Request, energy_of, read, search, ties_of
-from rhino_jax.search.prices import AlphaBeta, ClusterPrices
+from rhino_jax.search.planner import Request, copies_of, read, search
+from rhino_jax.search.prices import AlphaBeta
 from rhino_jax.search.recipes import RECIPES
+from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
+from rhino_jax.search.remat_scans import REMATERIALIZE
+from rhino_jax.search.subject import Subject
 from tests.search.steps import (
     ATTENTION,
     MICROBATCHES,
@@ -164,14 +171,64 @@ def test_microbatches_that_do_not_divide_are_refused() -> None:
         plan_search(subject, wish("h100:1x4", microbatches=7))
 
 
-def test_equal_layers_share_their_variables() -> None:
-    fun, state, batch = ATTENTION
-    reading = read(subject_of(fun, state, batch))
-    assert ties_of(reading.subject.program, ()).ops == {}
-    mesh = linked(parse_cluster("h100:1x4"), Mesh.of(x=4))
-    prices = ClusterPrices(parse_cluster("h100:1x4"))
-    energy = energy_of(reading, Request(mesh, prices))
-    assert len(energy.graph.vars) == len(energy.kinds)
+def unrolled(layers: int) -> Subject:
+    """Shapes of a residual network whose layers stand one by one."""
+
+    def step(params: Any, x: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            h = x
+            for layer in params:
+                h = h + jnp.tanh(h @ layer["up"]) @ layer["down"]
+            return jnp.mean(h**2)
+
+        return jax.tree.map(lambda p, g: p - g, params, jax.grad(loss_of)(params))
+
+    array = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    layer = {"up": array((64, 256)), "down": array((256, 64))}
+    return subject_of(step, [layer] * layers, array((128, 64)))
+
+
+@pytest.mark.parametrize("policy", [NONE, BOUNDARY])
+def test_equal_layers_share_their_variables(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "MOST_UNTIED_OPS", 0)
+
+    def variables(layers: int) -> int:
+        was = unrolled(layers)
+        program = apply_remat(was.program, was.pairs, was.batch_inputs, policy)
+        assert (program is was.program) == (policy == NONE)
+        return len(read(replace(was, program=program)).graph.vars)
+
+    assert variables(9) == variables(15)
+
+
+def test_what_is_computed_again_is_decided_as_it_was() -> None:
+    was = unrolled(6)
+    assert not copies_of(was.program)
+    program = apply_remat(was.program, was.pairs, was.batch_inputs, BOUNDARY)
+    found = copies_of(program)
+    assert len(found) == len(program.ops) - len(was.program.ops) - sum(
+        op.kind == REMATERIALIZE for op in program.ops
+    )
+    for copy, first in found.items():
+        assert first < copy
+        assert program.ops[copy].source is program.ops[first].source
+    sites = read(replace(was, program=program)).graph.sites
+    assert all(sites[(), copy] == sites[(), first] for copy, first in found.items())
+
+
+def test_nothing_between_is_tried_where_the_highest_price_does_not_fit() -> None:
+    subject = subject_of(*MLP)
+    free = plan_search(subject, wish("cpu:4")).best.prediction
+    limits = int(free.peak_bytes * 0.8), 1000
+    tried = []
+    for limit in limits:
+        search = auto._Search(subject, wish("cpu:4", limit_bytes=limit))
+        tried.append([c.byte_seconds for c in search._with((NONE,), (1,))])
+    some, hopeless = tried
+    assert hopeless == [0.0, max(hopeless)]
+    assert some[1] == max(some) and len(some) > 2
 
 
 def test_orders_are_rotations_first() -> None:

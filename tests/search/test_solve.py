@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from rhino_jax.search.eliminate import eliminate
+from rhino_jax.search.eliminate import eliminate, lower_bound
 from rhino_jax.search.ilp import integer_program
 from rhino_jax.search.local import greedy, improved
 from rhino_jax.search.problem import FORBIDDEN, Problem, brute_force
@@ -44,6 +44,19 @@ def test_elimination_is_brute_force(group: int) -> None:
         assert found is not None and found.optimal and not found.held
         assert min(found.cost, FORBIDDEN) == min(best.cost, FORBIDDEN), seed
         assert problem.cost(found.answer) == found.cost
+
+
+@pytest.mark.parametrize("largest_table", [2, 4, 9, 10**6])
+def test_no_answer_undercuts_the_bound(largest_table: int) -> None:
+    below = 0
+    for seed in range(200):
+        problem = random_problem(seed)
+        best = brute_force(problem)
+        bound = lower_bound(problem, largest_table)
+        if best.feasible:
+            assert bound <= best.cost, seed
+            below += bound < best.cost
+    assert (below == 0) == (largest_table == 10**6)
 
 
 @pytest.mark.parametrize("group", range(4))

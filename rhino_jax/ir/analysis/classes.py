@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rhino_jax.ir.analysis.regions import Regions
 from rhino_jax.ir.analysis.segments import Segment, Segmentation
-from rhino_jax.ir.program import Program
+from rhino_jax.ir.program import WAITS, Program
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,13 @@ def _structure(
                 )
                 for v in op.results
             ]
+            params = [
+                (name, [number(v) for v in p] if name == WAITS else p)
+                for name, p in op.params
+            ]
             hasher.update(
                 f"{half}{regions.of[index]}{op.kind}{reads}{makes}{given}"
-                f"{op.params!r}{op.effects}".encode()
+                f"{params!r}{op.effects}".encode()
             )
             for body in op.programs:
                 hasher.update(body.digest.encode())
