@@ -19,8 +19,11 @@ import numpy as np
 
 from rhino_jax.search.problem import FORBIDDEN, Array, Problem, Solution
 
-LARGEST_TABLE = 2**19
-"""Entries of the largest table that is made."""
+LARGEST_TABLE = 2**24
+"""Entries of the largest table that is made: 128 MiB."""
+
+MOST_ENTRIES = 2**26
+"""Of all tables together, before an exact answer is given up: a second or two."""
 
 MOST_DIMENSIONS = 30
 """Of a table; numpy has a limit of its own."""
@@ -65,18 +68,37 @@ class _Tables:
         return self.sizes[v] * math.prod(self.sizes[u] for u in self.beside[v])
 
 
-def _open(problem: Problem) -> _Tables:
-    count = len(problem.nodes)
+def _bare(problem: Problem) -> _Tables:
+    """Who is beside whom, without any table."""
     state = _Tables([node.size for node in problem.nodes])
-    state.within = [set() for _ in range(count)]
-    state.beside = [set() for _ in range(count)]
+    state.within = [set() for _ in problem.nodes]
+    state.beside = [set() for _ in problem.nodes]
+    for i, j, _ in problem.edges:
+        state.beside[i].add(j)
+        state.beside[j].add(i)
+    return state
+
+
+def _open(problem: Problem) -> _Tables:
+    state = _bare(problem)
     for v, node in enumerate(problem.nodes):
         state.add((v,), node)
     for i, j, prices in problem.edges:
         state.add((i, j), prices)
-        state.beside[i].add(j)
-        state.beside[j].add(i)
     return state
+
+
+def _affordable(problem: Problem, largest_table: int) -> bool:
+    """Whether nothing need be held. The same steps as with tables, at no price."""
+    state = _bare(problem)
+    spent = 0.0
+    for v, wide in _order(state, largest_table):
+        single = state.sizes[v] == 1
+        spent += 0 if single else state.entries(v)
+        if wide or spent > MOST_ENTRIES:
+            return False
+        _join(state, v, not single)
+    return True
 
 
 def eliminate(
@@ -90,23 +112,25 @@ def eliminate(
     Args:
         incumbent: the values at which variables are held. An answer is never worse.
         largest_table: in entries.
-        exact: hold nothing; None where that takes too large a table.
+        exact: hold nothing; None where that takes too large a table, or too many.
 
     >>> node, pair = np.array([0, 1]), np.array([[5, 0], [0, 5]])
     >>> eliminate(Problem.of([node, node], [(0, 1, pair)])).cost
     1
     """
+    if exact and not _affordable(problem, largest_table):
+        return None
     state = _open(problem)
     answer = list(incumbent or (0,) * len(problem.nodes))
     trail: list[Step] = []
     held: list[int] = []
     for v, wide in _order(state, largest_table):
-        if wide and exact:
-            return None
-        if wide or state.sizes[v] == 1:
-            answer[v] = 0 if state.sizes[v] == 1 else answer[v]
-            held += [v] if wide else []
+        if wide:
+            held.append(v)
             _hold(state, v, answer[v])
+        elif state.sizes[v] == 1:
+            answer[v] = 0
+            _hold(state, v, 0)
         else:
             _minimize(state, v, trail)
     for v, scope, best in reversed(trail):
@@ -172,11 +196,13 @@ def _order(state: _Tables, largest_table: int) -> Iterator[tuple[int, bool]]:
             heapq.heappush(queue, (state.entries(v), v))
 
 
-def _leave(state: _Tables, v: int) -> None:
-    """``v`` is nobody's neighbour any more."""
-    for u in state.beside[v]:
+def _join(state: _Tables, v: int, others: bool) -> None:
+    """``v`` is nobody's neighbour any more; those it had are, of one another."""
+    touched, state.beside[v] = state.beside[v], set()
+    for u in touched:
         state.beside[u].discard(v)
-    state.beside[v] = set()
+        if others:
+            state.beside[u] |= touched - {u}
 
 
 def _relax(state: _Tables, v: int) -> int:
@@ -190,7 +216,7 @@ def _relax(state: _Tables, v: int) -> int:
             state.add(rest, least)
         else:
             alone += int(least)
-    _leave(state, v)
+    _join(state, v, False)
     return alone
 
 
@@ -200,7 +226,7 @@ def _hold(state: _Tables, v: int, value: int) -> None:
         rest = tuple(u for u in scope if u != v)
         if rest:
             state.add(rest, table.take(value, axis=scope.index(v)))
-    _leave(state, v)
+    _join(state, v, False)
 
 
 def _minimize(state: _Tables, v: int, trail: list[Step]) -> int:
@@ -225,7 +251,5 @@ def _minimize(state: _Tables, v: int, trail: list[Step]) -> int:
     least = total.min(axis=0)
     if touched:
         state.add(scope[1:], np.minimum(least, 2 * FORBIDDEN))
-    _leave(state, v)
-    for u in touched:
-        state.beside[u] |= touched - {u}
+    _join(state, v, True)
     return 0 if touched else int(least)
