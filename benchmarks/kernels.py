@@ -219,12 +219,15 @@ def measured(kernel: Kernel) -> dict[str, Any]:
 @click.option("--out", type=click.Path(path_type=Path), default="kernels.jsonl")
 @click.option("--scale", default=1, show_default=True, help="Divides all long sides.")
 @click.option("--seconds", default=600.0, show_default=True, help="Stop after this.")
-def main(out: Path, scale: int, seconds: float) -> None:
+@click.option("--skip", default="", help="Leave out kinds that hold this word.")
+def main(out: Path, scale: int, seconds: float, skip: str) -> None:
     """Measure the grid, one line of JSON a kernel."""
     until = time.perf_counter() + seconds
     kind = jax.devices()[0].device_kind
     with out.open("w") as file:
         for kernel in kernels(scale):
+            if skip and skip in kernel.kind:
+                continue
             if time.perf_counter() > until:
                 click.echo("no time left: the rest of the grid is not measured")
                 break
