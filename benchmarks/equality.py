@@ -4,7 +4,7 @@ On 8 simulated CPU devices. In float64: gradients (read off one step of SGD with
 1) and the state after 3 steps of the model's own optimizer, per leaf within
 ``1e-9 × max(leaf norm, 1e-3 × tree norm)``. In float32: the first loss within 1e-5 and
 the third within 1e-3. Results are kept in a file; cells already there are not run
-again. ``python benchmarks/equality.py --help``.
+again. ``python -m benchmarks.equality --help``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Compiles for hardware that is not here, with its real compiler. For every model of the
 zoo, recipe and cluster: bytes per mesh axis, collectives nobody planned, and the same
-for ``lowering="auto"``. Run ``python benchmarks/fidelity.py --help``.
+for ``lowering="auto"``. Run ``python -m benchmarks.fidelity --help``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every kernel runs several times in one program, each time on inputs of its own and only
 after the one before it (an ``optimization_barrier`` between them): launching a program
-hardly counts, and no cache is measured. ``python benchmarks/kernels.py --help``.
+hardly counts, and no cache is measured. ``python -m benchmarks.kernels --help``.
 """
 
 from __future__ import annotations

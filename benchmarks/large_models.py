@@ -3,7 +3,7 @@
 Scanned, rematerialized GPTs (flax linen, bfloat16 compute, float32 state, clip and
 adamw) for the smallest sensible clusters, nothing configured. Each plan is compiled for
 its cluster by the real compiler, which says what memory it takes.
-``python benchmarks/large_models.py --help``.
+``python -m benchmarks.large_models --help``.
 """
 
 from __future__ import annotations

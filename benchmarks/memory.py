@@ -1,7 +1,7 @@
 """Predicted against compiled: peak memory a device, and arithmetic where it is counted.
 
 Compiles for hardware that is not here, with its real compiler (facts are kept on disk).
-Predictions are made anew each time. Run ``python benchmarks/memory.py --help``.
+Predictions are made anew each time. Run ``python -m benchmarks.memory --help``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each case in a process of its own (the allocator's peak is that of a process): the
 decorated step first, then the undecorated one under ``jax.jit``, the same state and
 batch. The last cases do not fit on the card as they are written: there the decorated
-step must run nevertheless. ``python benchmarks/on_gpu.py --help``; ``--size tiny`` runs
+step must run nevertheless. ``python -m benchmarks.on_gpu --help``; ``--size tiny`` runs
 anywhere, on a CPU too (which tells no peak). ``benchmarks/kernels.py`` measures what
 single kernels take.
 """

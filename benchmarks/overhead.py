@@ -6,7 +6,7 @@ after the other, each waited for; the minimum of each and their difference, on 1
 8 simulated devices, each in a process of its own. Eight simulated devices on few cores
 make one call take milliseconds, more or less: so all of it is done several times, and
 the median of the differences told. Then ``import rhino_jax`` over ``import jax`` in
-fresh processes. ``python benchmarks/overhead.py --help``.
+fresh processes. ``python -m benchmarks.overhead --help``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ For every model of the zoo and every cluster: the searched plan against every re
 one axis and on mixes of two, under the same prices and memory limit; then, compiled for
 that cluster with its real compiler (no device needed), the bytes that it moves and the
 memory that it takes. Results are kept in a file; cells already there are not run
-again. ``python benchmarks/plan_quality.py --help``.
+again. ``python -m benchmarks.plan_quality --help``.
 """
 
 from __future__ import annotations

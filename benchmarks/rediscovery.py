@@ -4,7 +4,7 @@ The rows of :mod:`benchmarks.expert.rows`: compute is free, a collective costs w
 bytes cost, no matrix product is done twice. A row passes if the found plan costs no
 more; one that costs less is a finding, printed with both numbers. What all-reduces do
 may be done by a reduce-scatter and an all-gather, at the same bytes.
-``python benchmarks/rediscovery.py --help``.
+``python -m benchmarks.rediscovery --help``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Plans an unrolled GPT (hidden 2048: 1.3B parameters at 24 layers) for two hosts of eight
 H100 from shapes alone, at both levels, and again with four times the layers. Tracing
-and reading the program are timed apart. ``python benchmarks/search_time.py --help``.
+and reading the program are timed apart. ``python -m benchmarks.search_time --help``.
 """
 
 from __future__ import annotations

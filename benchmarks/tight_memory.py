@@ -2,7 +2,7 @@
 
 The unrolled GPT for ``h100:1x8``, with limits between what it needs when nothing is
 recomputed and when every layer is. Each plan is compiled by the real compiler, which
-says whether it fits. ``python benchmarks/tight_memory.py --help``.
+says whether it fits. ``python -m benchmarks.tight_memory --help``.
 """
 
 from __future__ import annotations
