@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from rhino_jax.api.measured import measured_cluster
-from rhino_jax.cluster.hardware import GIB, catalogue_name
+from rhino_jax.cluster.hardware import CATALOGUE, CUDA, GIB, catalogue_name
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import ClusterError
@@ -64,6 +64,24 @@ def _as_told(cluster: Cluster, devices: Sequence[Any]) -> Cluster:
     device = cluster.device
     memory_bytes = min(device.memory_bytes, *limits)
     return replace(cluster, device=replace(device, memory_bytes=memory_bytes))
+
+
+def more_memory(cluster: Cluster) -> str:
+    """How the devices could have more memory: their allocators may not take all.
+
+    >>> more_memory(parse_cluster("h100:1x8"))
+    ''
+    """
+    device = cluster.device
+    known = CATALOGUE.get(device.name)
+    if device.platform != CUDA or known is None:
+        return ""
+    if device.memory_bytes > known.memory_bytes * 0.9:
+        return ""
+    return (
+        "set XLA_PYTHON_CLIENT_MEM_FRACTION=.95 before JAX starts (its allocator may "
+        f"take {device.memory_bytes / GIB:.0f} of {known.memory_bytes / GIB:.0f} GiB)"
+    )
 
 
 def _torus(devices: Sequence[Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from rhino_jax import compat
-from rhino_jax.api.attached import attached_cluster
+from rhino_jax.api.attached import attached_cluster, more_memory
 from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.cluster.parse import parse_cluster
@@ -120,6 +120,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
             options.remat or "",
             _specs(options.pins),
             traced.donated,
+            "" if options.memory_limit_bytes else more_memory(cluster),
         ),
     )
     best: Candidate = found.best

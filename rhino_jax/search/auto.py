@@ -52,7 +52,8 @@ class Wish:
     """What is asked of a search.
 
     ``meshes`` to choose from; ``limit_bytes`` of one device. ``microbatches`` 0 and
-    ``remat`` "" leave them to the search.
+    ``remat`` "" leave them to the search. ``more_memory`` says how a device could have
+    more, where it could.
     """
 
     cluster: Cluster
@@ -63,6 +64,7 @@ class Wish:
     remat: str = ""
     pins: Mapping[str, Spec] = field(default_factory=dict)
     donated: tuple[int, ...] = ()
+    more_memory: str = ""
 
 
 @dataclass(frozen=True)
@@ -379,8 +381,9 @@ class _Search:
                 f"stand inputs of {near.prediction.memory.input_bytes / 2**30:.2f} GiB "
                 "and:",
                 [*inside, *self.notes],
-                f"About {devices * more} devices would hold it; or raise "
-                "memory_limit_bytes, shorten the batch, or free what is pinned.",
+                f"About {devices * more} devices would hold it; or "
+                f"{self.wish.more_memory or 'raise memory_limit_bytes'}, shorten the "
+                "batch, or free what is pinned.",
             )
         )
 

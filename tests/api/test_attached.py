@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from rhino_jax.api.attached import attached_cluster
+from rhino_jax.api.attached import attached_cluster, more_memory
 from rhino_jax.cluster.hardware import CATALOGUE, GIB
 
 H100 = "NVIDIA H100 80GB HBM3"
@@ -25,6 +25,13 @@ def test_memory_is_what_the_allocator_may_take() -> None:
     # JAX takes three quarters of a GPU unless told otherwise: 59.4 GiB of an H100.
     found = attached_cluster([gpu(limit_bytes=int(59.4 * GIB)) for _ in range(8)])
     assert (found.name, found.device.memory_bytes) == ("h100:1x8", 59 * GIB)
+
+
+def test_what_would_give_it_more_is_said() -> None:
+    said = more_memory(attached_cluster([gpu(limit_bytes=int(59.4 * GIB))]))
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in said and "59 of 79 GiB" in said
+    assert not more_memory(attached_cluster([gpu(limit_bytes=75 * GIB)]))
+    assert not more_memory(attached_cluster([gpu()]))
 
 
 def test_devices_of_one_process_may_differ() -> None:

@@ -152,6 +152,10 @@ def test_what_can_not_fit_says_the_bytes_short() -> None:
         plan_search(subject, wish("h100:1x4", limit_bytes=1000))
     text = str(caught.value)
     assert "too much" in text and "devices" in text and "peak" in text
+    assert "or raise memory_limit_bytes" in text
+    asked = wish("h100:1x4", limit_bytes=1000, more_memory="free some")
+    with pytest.raises(InfeasibleError, match="or free some, shorten the batch"):
+        plan_search(subject, asked)
 
 
 def test_a_limit_is_kept_by_sharding() -> None:
