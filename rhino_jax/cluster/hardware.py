@@ -90,6 +90,11 @@ _CUDA_REPORTS = "total memory as CUDA reports it, as in verify/targets.py"
 _LIBTPU = "available HBM in the refusals of the TPU compiler (libtpu 0.0.42)"
 
 
+def _told(gibibytes: float) -> tuple[int, str]:
+    """What PyTorch says of a card when it runs out of memory, to two decimals."""
+    return int(gibibytes * GIB), "total memory as CUDA reports it to PyTorch, rounded"
+
+
 def _xla(card: str) -> str:
     """XLA keeps descriptions of cards, made on the cards (a GpuTargetConfigProto)."""
     return f"as CUDA reports it: XLA's target_config/specs/{card}.txtpb"
@@ -120,6 +125,20 @@ def _ampere(name: str, kind: str, memory_bytes: int, bandwidth: float) -> Device
         "no FP8 units: as FP16",
         (memory_bytes, _xla(name.replace("-", "_sxm_"))),
         (bandwidth, f"{sheet} (bus width x memory clock)"),
+    )
+
+
+def _volta(gigabytes: int, memory_bytes: int, source: str) -> Device:
+    sheet = "NVIDIA V100 datasheet, SXM2 column"
+    return _device(
+        f"v100-{gigabytes}",
+        CUDA,
+        f"Tesla V100-SXM2-{gigabytes}GB",
+        (15.7 * TERA, 125 * TERA, 15.7 * TERA, 125 * TERA, 125 * TERA),
+        f"{sheet}: tensor cores 125, FP32 15.7; no TF32; no BF16 units: as f32; no FP8 "
+        "and INT8 matrix units: as FP16",
+        (memory_bytes, source),
+        (898_048_000_000, _xla("v100")),
     )
 
 
@@ -210,6 +229,28 @@ _DEVICES = (
         (23_609_475_072, _CUDA_REPORTS),
         (600_096_000_000, "NVIDIA A10G datasheet (384 bit x 6251 MHz x 2)"),
     ),
+    _device(
+        "rtx4090",
+        CUDA,
+        "NVIDIA GeForce RTX 4090",
+        (165.2 * TERA, 165.2 * TERA, 82.6 * TERA, 330.3 * TERA, 660.6 * TERA),
+        "NVIDIA Ada architecture brief, dense with FP32 sums: BF16 and FP16 165.2, "
+        "TF32 82.6, FP8 330.3, INT8 660.6; f32 runs as TF32",
+        _told(23.64),
+        (1_008_096_000_000, "NVIDIA Ada architecture brief (384 bit x 10501 MHz x 2)"),
+    ),
+    _device(
+        "l40s",
+        CUDA,
+        "NVIDIA L40S",
+        (362 * TERA, 362 * TERA, 183 * TERA, 733 * TERA, 733 * TERA),
+        "NVIDIA L40S datasheet, dense: BF16 and FP16 362, TF32 183, FP8 and INT8 733; "
+        "f32 runs as TF32",
+        _told(44.4),
+        (864 * GIGA, "NVIDIA L40S datasheet: 864 GB/s"),
+    ),
+    _volta(16, 16_935_682_048, _xla("v100")),
+    _volta(32, 34_079_637_504, _CUDA_REPORTS),
     _ampere("a100-40", "NVIDIA A100-SXM4-40GB", 42_331_013_120, 1_555_200_000_000),
     _ampere("a100-80", "NVIDIA A100-SXM4-80GB", 85_100_068_864, 2_039_040_000_000),
     _hopper("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
@@ -223,6 +264,16 @@ _DEVICES = (
         "sparsity): BF16 and FP16 4500, TF32 2200, FP8 and INT8 9000; f32 runs as TF32",
         (191_514_411_008, _xla("b200")),
         (7_672_320_000_000, f"{_xla('b200')} (NVIDIA's datasheet rounds it to 8 TB/s)"),
+    ),
+    _device(
+        "gb200",
+        CUDA,
+        "NVIDIA GB200",
+        (2500 * TERA, 2500 * TERA, 1250 * TERA, 5000 * TERA, 5000 * TERA),
+        "NVIDIA GB200 NVL72 datasheet per GPU, halved (listed with sparsity): BF16 and "
+        "FP16 5000, TF32 2500, FP8 and INT8 10000; f32 runs as TF32",
+        (197_897_748_480, _xla("gb200")),
+        (7_928_064_000_000, f"{_xla('gb200')} (NVIDIA's datasheet: 8 TB/s)"),
     ),
     _tpu_v4("v4", 1, _LIBTPU),
     _tpu_v4("v4-megacore", 2, f"assumed twice a core's; {_LIBTPU}"),

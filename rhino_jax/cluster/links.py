@@ -30,10 +30,10 @@ _HOP = "How to Scale Your Model (JAX ML), part 3: about 1 us a hop over ICI"
 _ICI_LATENCY = 1 * MICRO
 
 
-def _nvlink(total_gigabytes: float, sheet: str) -> Link:
+def _nvlink(total_gigabytes: float, sheet: str, by: str = "NVSwitch") -> Link:
     return Link(
         *("NVLink", NVLINK, total_gigabytes / 2 * GIGA, 1.9 * MICRO),
-        f"{sheet}: {total_gigabytes:g} GB/s both ways together, through NVSwitch",
+        f"{sheet}: {total_gigabytes:g} GB/s both ways together, through {by}",
         f"{_NCCL}, NVLINK, LL128",
     )
 
@@ -66,21 +66,31 @@ IN_HOST = {
     "t4": _pcie(3, 8, "NVIDIA T4 datasheet"),
     "l4": _pcie(4, 16, "NVIDIA L4 datasheet"),
     "a10g": _pcie(4, 16, "NVIDIA A10G datasheet"),
+    "rtx4090": _pcie(4, 16, "NVIDIA Ada architecture brief"),
+    "l40s": _pcie(4, 16, "NVIDIA L40S datasheet"),
+    "v100-16": _nvlink(300, "NVIDIA V100 datasheet, SXM2 column", "a mesh of 8 GPUs"),
+    "v100-32": _nvlink(300, "NVIDIA V100 datasheet, SXM2 column", "a mesh of 8 GPUs"),
     "a100-40": _nvlink(600, "NVIDIA A100 datasheet, SXM column"),
     "a100-80": _nvlink(600, "NVIDIA A100 datasheet, SXM column"),
     "h100": _nvlink(900, "NVIDIA H100 datasheet, SXM column"),
     "h200": _nvlink(900, "NVIDIA H200 datasheet, SXM column"),
     "b200": _nvlink(1800, "NVIDIA DGX B200 datasheet (14.4 TB/s for 8 GPUs)"),
+    "gb200": _nvlink(1800, "NVIDIA GB200 NVL72 datasheet (130 TB/s for 72 GPUs)"),
 }
 BETWEEN_HOSTS = {
     "t4": _ethernet(100, 4, "Compute Engine documentation, N1 with 4 T4"),
     "l4": _ethernet(100, 8, "Compute Engine documentation, G2 with 8 L4"),
     "a10g": _ethernet(100, 8, "Amazon EC2 G5 instances, g5.48xlarge"),
+    "rtx4090": _ethernet(25, 8, "assumed: one 25 Gb/s adapter in a host of 8"),
+    "l40s": _ethernet(400, 8, "Amazon EC2 G6e instances, g6e.48xlarge with EFA"),
+    "v100-16": _ethernet(25, 8, "Amazon EC2 P3 instances, p3.16xlarge"),
+    "v100-32": _ethernet(100, 8, "Amazon EC2 P3 instances, p3dn.24xlarge"),
     "a100-40": _ethernet(400, 8, "Amazon EC2 P4d instances, p4d.24xlarge with EFA"),
     "a100-80": _infiniband(200, "NVIDIA DGX A100 datasheet, 8 ConnectX-6 HDR"),
     "h100": _infiniband(400, "NVIDIA DGX H100 datasheet, 8 ConnectX-7 NDR"),
     "h200": _infiniband(400, "NVIDIA DGX H200 datasheet, 8 ConnectX-7 NDR"),
     "b200": _infiniband(400, "NVIDIA DGX B200 datasheet, 8 ConnectX-7 NDR"),
+    "gb200": _infiniband(400, "NVIDIA DGX GB200 datasheet, 72 ConnectX-7 NDR"),
 }
 IN_MEMORY = Link(
     *("host memory", MEMORY, 3.2 * GIGA, 20 * MICRO),

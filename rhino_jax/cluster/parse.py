@@ -15,7 +15,7 @@ from rhino_jax.cluster.links import (
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import ClusterError, nearest
 
-ALIASES = {"a100": "a100-80", "v5litepod": "v5e"}
+ALIASES = {"a100": "a100-80", "v100": "v100-16", "v5litepod": "v5e"}
 _TEXT = re.compile(r"\s*([\w\-]+)\s*:\s*(\d+(?:x\d+)*?)(?:x(\d+)slices?)?\s*")
 
 

@@ -19,7 +19,8 @@ from rhino_jax.cluster.hardware import (
 from rhino_jax.verify.targets import GPUS
 
 WANTED = (
-    "cpu t4 l4 a10g a100-40 a100-80 h100 h200 b200 v4 v5e v5p v6e v4-megacore".split()
+    "cpu t4 l4 a10g rtx4090 l40s v100-16 v100-32 a100-40 a100-80 h100 h200 b200 gb200 "
+    "v4 v5e v5p v6e v4-megacore".split()
 )
 FLOPS = {CPU: (1e9, 1e12), CUDA: (8e12, 3e15), TPU: (100e12, 1e15)}
 MEMORY = {CPU: (1e9, 1e11), CUDA: (15e9, 200e9), TPU: (15e9, 110e9)}
@@ -87,6 +88,11 @@ def test_a_faster_generation_is_faster() -> None:
         ("Tesla T4", "t4"),
         ("NVIDIA L4", "l4"),
         ("NVIDIA A10G", "a10g"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Tesla V100-SXM2-16GB", "v100-16"),
+        ("Tesla V100-SXM2-32GB", "v100-32"),
+        ("NVIDIA GB200", "gb200"),
         ("TPU v4", "v4"),
         ("TPU v5 lite", "v5e"),
         ("TPU v5", "v5p"),
