@@ -164,8 +164,8 @@ def lower_bound(problem: Problem, largest_table: int = LARGEST_TABLE) -> int:
 def _order(state: _Tables, largest_table: int) -> Iterator[tuple[int, bool]]:
     """The variable to go next, and whether its table, as all others, is too large.
 
-    Of variables with one value each goes at once. Where all are too wide, the one with
-    most neighbours goes, of one of the narrowest and its neighbours.
+    Variables with one value go first. Where all are too wide, it is the one with most
+    neighbours among a narrowest one and those beside it.
     """
     gone = [False] * len(state.sizes)
 
