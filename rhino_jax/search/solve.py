@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rhino_jax.search.eliminate import LARGEST_TABLE, eliminate
 from rhino_jax.search.problem import Problem, Solution
 from rhino_jax.search.propagate import propagate
+from rhino_jax.search.reduce import reduced
 
 MOST_PASSES = 3
 SMALL_TABLE = 2**16
@@ -20,18 +21,20 @@ def solve(
 ) -> Solution:
     """The optimum where elimination reaches it; else better than ``incumbent``.
 
-    Too wide a problem is answered by messages first, and solved exactly around that
+    Too wide a problem is reduced, answered by messages, and solved exactly around that
     answer: the widest variables are held where it says, and again where the answer
     found says, while that helps (at most :data:`MOST_PASSES` times).
     """
     start = tuple(incumbent or (0,) * len(problem.nodes))
-    found = eliminate(problem, start, largest_table, exact=True)
-    if found is not None:
-        return found
-    small = min(SMALL_TABLE, largest_table)
-    best = propagate(problem, start)
+    exact = eliminate(problem, start, largest_table, exact=True)
+    if exact is not None:
+        return exact
+    core = reduced(problem)
+    found: Solution | None = None
+    best = propagate(core.problem, core.restrict(start))
     for _ in range(MOST_PASSES):
-        again = eliminate(problem, best, small)
+        small = min(SMALL_TABLE, largest_table)
+        again = eliminate(core.problem, best, small)
         assert again is not None, "variables may be held"
         if found is not None and again.cost >= found.cost:
             break
@@ -39,4 +42,7 @@ def solve(
         if not again.held:
             break
     assert found is not None
-    return found
+    answer = core.restore(found.answer)
+    cost = problem.cost(answer)
+    held = tuple(core.kept[v] for v in found.held)
+    return Solution(answer, cost, problem.floor() if held else cost, held)

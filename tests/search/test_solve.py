@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rhino_jax.search.ilp import integer_program
 from rhino_jax.search.local import greedy, improved
 from rhino_jax.search.problem import FORBIDDEN, Problem, brute_force
 from rhino_jax.search.propagate import propagate
+from rhino_jax.search.reduce import reduced
 from rhino_jax.search.solve import solve
 
 GROUPS = 12
@@ -44,6 +46,34 @@ def test_elimination_is_brute_force(group: int) -> None:
         assert found is not None and found.optimal and not found.held
         assert min(found.cost, FORBIDDEN) == min(best.cost, FORBIDDEN), seed
         assert problem.cost(found.answer) == found.cost
+
+
+def dense_problem(seed: int) -> Problem:
+    """Six variables, most of them beside most others."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 4, 6)
+    pairs = [(i, j) for i in range(6) for j in range(i) if rng.random() < 0.8]
+    edges = [(i, j, rng.integers(0, 99, (sizes[i], sizes[j]))) for i, j in pairs]
+    return Problem.of([rng.integers(0, 99, n) for n in sizes], edges)
+
+
+@pytest.mark.parametrize("make", [random_problem, dense_problem])
+def test_reductions_keep_the_optimum(make: Callable[[int], Problem]) -> None:
+    """Of 500 problems each: what is left has it, and the way back gives it."""
+    left = []
+    for seed in range(500):
+        problem = make(seed)
+        best, small = brute_force(problem), reduced(problem)
+        found = small.restore(brute_force(small.problem).answer)
+        assert min(problem.cost(found), FORBIDDEN) == min(best.cost, FORBIDDEN), seed
+        assert all(n.size > 1 for n in small.problem.nodes)
+        left.append(len(small.kept))
+        # The way back never makes an answer worse.
+        given = tuple(int(node.argmin()) for node in problem.nodes)
+        cost = problem.cost(given)
+        again = small.restore(small.restrict(given))
+        assert problem.cost(again) <= cost or cost >= FORBIDDEN
+    assert 0 in left and max(left) >= 4
 
 
 @pytest.mark.parametrize("largest_table", [2, 4, 9, 10**6])
