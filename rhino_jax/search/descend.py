@@ -18,9 +18,11 @@ from rhino_jax.search.eliminate import lower_bound
 from rhino_jax.search.energy import Energy
 from rhino_jax.search.graph import INPUT, STORED
 from rhino_jax.search.local import greedy
-from rhino_jax.search.solve import SMALL_TABLE, solve
+from rhino_jax.search.solve import solve
 
 MOST_ROUNDS = 8
+BOUND_TABLE = 2**21
+"""Entries of the largest table for a bound: with larger ones bounds are closer."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,6 @@ def gap(energy: Energy, answer: Answer, memory_ticks: float = 0.0) -> float:
             continue
         at = zip(energy.kinds, answer.slots, strict=True)
         problem = energy.problem([k.around(x, axis) for k, x in at], memory_ticks)
-        bound = lower_bound(problem, SMALL_TABLE)
+        bound = lower_bound(problem, BOUND_TABLE)
         most = max(most, (answer.ticks - bound) / max(answer.ticks, 1))
     return most
