@@ -35,15 +35,13 @@ WARM, STEPS = 3, 10
 class Case:
     """A model of the zoo; ``depth`` 0 is its own.
 
-    ``limit_gib`` is told to the decorated step as its memory, whatever the card has;
-    ``fits`` whether the undecorated step is expected to fit.
+    ``limit_gib`` is told to the decorated step as its memory, whatever the card has.
     """
 
     model: str
     depth: int = 0
     dtype: str = "bfloat16"
     limit_gib: int = 0
-    fits: bool = True
 
     def __str__(self) -> str:
         depth = f" {self.depth} layers" if self.depth else ""
@@ -60,9 +58,9 @@ CASES = {
     "recommender": Case("recommender", dtype="float32"),
     "unrolled": Case("gpt_unrolled", 6),
     # More than a card holds: layers are recomputed, or batches divided.
-    "rescue": Case("gpt_unrolled", 12, fits=False),
+    "rescue": Case("gpt_unrolled", 12),
     # More than a card holds, and the step is told otherwise: it plans again.
-    "tightened": Case("gpt_unrolled", 12, limit_gib=160, fits=False),
+    "tightened": Case("gpt_unrolled", 12, limit_gib=160),
 }
 
 
@@ -198,15 +196,12 @@ def child(
 ) -> dict[str, Any]:
     """One case in a process of its own, its compiled program kept in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     flags = f"--xla_dump_to={folder / 'hlo'} --xla_dump_hlo_module_re=.*train_step.*"
     added = {
-        "PYTHONPATH": path,
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
     }
-    code = [sys.executable, __file__, "--inner", name, "--size", size]
+    code = [sys.executable, "-m", "benchmarks.on_gpu", "--inner", name, "--size", size]
     code += [] if plain else ["--no-plain"]
     try:
         done = subprocess.run(

@@ -32,6 +32,7 @@ from rhino_jax.cost.instructions import (
     RuleOf,
     Unfolded,
     role_of,
+    updates,
 )
 from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
@@ -483,7 +484,7 @@ def _overwrites(
     elif op.kind == "while":
         first = op.param["cond_nconsts"] + op.param["body_nconsts"]
         count = len(writes)
-    elif op.kind in OVERWRITES or op.kind.startswith("scatter"):
+    elif updates(op.kind):
         first, count = 0, 1
     else:
         return ()

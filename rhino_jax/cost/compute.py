@@ -184,7 +184,7 @@ def _dtypes(program: Program, op: Op) -> tuple[str, ...]:
 
 
 def _roofline(
-    kind: str, flops: int, num_bytes: float, dtypes: tuple[str, ...], device: Device
+    kind: str, flops: int, num_bytes: int, dtypes: tuple[str, ...], device: Device
 ) -> Work:
     share = EFFICIENCY[OPERANDS if kind in TILED else MEMORY]
     seconds = num_bytes / (device.memory_bytes_per_second * share)

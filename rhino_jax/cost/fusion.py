@@ -17,7 +17,7 @@ be there: a saved ``gelu(x)`` that is never written keeps ``x`` instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rhino_jax.cost.buffers import (
@@ -72,7 +72,7 @@ def fusion(unfolded: Unfolded) -> Fusion:
         if instruction.role != FUSED:
             continue
         for made in instruction.writes:
-            found = _sources(instruction, made, sources, size)
+            found = sources_of(instruction, sources, size[made])
             readers = len(unfolded.readers[made])
             again = sum(found.values()) * (readers - 1)
             if demanded[made] or len(found) > MOST_SOURCES:
@@ -84,17 +84,17 @@ def fusion(unfolded: Unfolded) -> Fusion:
     return Fusion(tuple(written), tuple(sources), reduced)
 
 
-def _sources(
-    instruction: Instruction,
-    made: int,
-    sources: list[Mapping[int, int]],
-    size: list[int],
+def sources_of(
+    instruction: Instruction, sources: Sequence[Mapping[int, int]], made_bytes: int
 ) -> dict[int, int]:
-    """What making one buffer reads: each source once, no more than is used of it."""
+    """What making ``made_bytes`` reads: each source once, no more than is used of it.
+
+    ``sources``: of each buffer, as :class:`Fusion` has them.
+    """
     part = instruction.kind in PARTIAL_READERS
     found: dict[int, int] = {}
     for read in instruction.reads:
         for source, num_bytes in sources[read].items():
-            used = min(num_bytes, size[made]) if part else num_bytes
+            used = min(num_bytes, made_bytes) if part else num_bytes
             found[source] = max(found.get(source, 0), used)
     return found

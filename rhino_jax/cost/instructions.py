@@ -51,7 +51,8 @@ PARTIAL_READERS = frozenset(
 )
 """These read no more of an operand than they make."""
 
-OVERWRITES = frozenset((ALL_REDUCE, "dynamic_update_slice"))
+OVERWRITES = frozenset((ALL_REDUCE,))
+"""Steps that may be done in place; of ops those that :func:`updates` tells."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ class Unfolded:
             for buffer in dict.fromkeys(instruction.reads):
                 found[buffer].append(index)
         return tuple(map(tuple, found))
+
+
+def updates(kind: str) -> bool:
+    """Whether an op changes part of its first operand and leaves the rest."""
+    return kind == "dynamic_update_slice" or kind.startswith("scatter")
 
 
 def role_of(op: Op, rule: Rule) -> str:

@@ -33,7 +33,7 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
-from rhino_jax.ir.layout import Layout, Split
+from rhino_jax.ir.layout import Layout, Split, Use
 from rhino_jax.ir.mesh import TIME, TORUS, Axis, Mesh
 from rhino_jax.ir.program import itemsize
 from rhino_jax.ir.steps import (
@@ -50,7 +50,7 @@ from rhino_jax.ir.steps import (
 )
 
 WHOLE = "whole"
-State = str | tuple[int, Split]
+State = Use
 """``"whole"``, an operator's name (partial), or a (dimension, digit)."""
 
 _ORDER = (

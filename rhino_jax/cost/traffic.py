@@ -3,12 +3,13 @@
 Compilers make one kernel of what is fused (:mod:`rhino_jax.cost.fusion`), and of
 neighbours that read the same array. The rule used here puts every kernel into a *pass*:
 it is one later than the last of what it reads was written. Within a pass an array is
-read once. Three things share the pass they come from:
+read once. Two things share the pass they come from:
 
 1. a reduction over the last dimensions (softmax, layer norm): who reads it does so
    while the row is still at hand. Such kernels do not share with others;
-2. a reduction of what an elementwise kernel of the same pass writes;
-3. nothing else: batch norm reads its input for the statistics, and again for the rest.
+2. a reduction of what an elementwise kernel of the same pass writes.
+
+Batch norm does neither: it reads its input for the statistics, and again for the rest.
 
 Read off kernels that XLA made of GPT, ViT and ResNet steps for an H100.
 """
@@ -16,8 +17,8 @@ Read off kernels that XLA made of GPT, ViT and ResNet steps for an H100.
 from __future__ import annotations
 
 from rhino_jax.cost.buffers import FUSED, REDUCING, Instruction, Unfolded
-from rhino_jax.cost.fusion import Fusion
-from rhino_jax.cost.instructions import PARTIAL_READERS
+from rhino_jax.cost.fusion import Fusion, sources_of
+from rhino_jax.cost.instructions import PARTIAL_READERS, updates
 
 LOOP, ROWS = "loop", "rows"
 
@@ -61,7 +62,9 @@ class _Passes:
 
     def kernel(self, at: Instruction) -> int:
         """What a kernel of its own reads that its pass has not read before."""
-        sources, over_rows = self.sources(at), _over_rows(at)
+        made_bytes = sum(self.size[b] for b in at.writes)
+        sources = sources_of(at, self.fused.sources, made_bytes)
+        over_rows = _over_rows(at)
         inside = {}
         if at.role == REDUCING:
             inside = {s: self.looped[s] for s in sources if s in self.looped}
@@ -78,17 +81,6 @@ class _Passes:
         if at.role == FUSED and lane == LOOP:
             self.looped.update(dict.fromkeys(at.writes, when))
         return read
-
-    def sources(self, at: Instruction) -> dict[int, int]:
-        """What is read of real buffers, each once."""
-        found: dict[int, int] = {}
-        part = at.kind in PARTIAL_READERS
-        made = sum(self.size[b] for b in at.writes)
-        for read in at.reads:
-            for source, num_bytes in self.fused.sources[read].items():
-                used = min(num_bytes, made) if part else num_bytes
-                found[source] = max(found.get(source, 0), used)
-        return found
 
     def latest(self, at: Instruction) -> int:
         return max((self.ready[b] for b in at.reads), default=0)
@@ -119,11 +111,6 @@ def whole_bytes(kind: str, reads: list[int], writes: list[int], made: int) -> in
         rest = sum(reads[1:])
         return rest + min(rest, sum(writes))
     return sum(reads) + sum(writes)
-
-
-def updates(kind: str) -> bool:
-    """Whether an op changes part of its first operand and leaves the rest."""
-    return kind == "dynamic_update_slice" or kind.startswith("scatter")
 
 
 def _over_rows(at: Instruction) -> bool:

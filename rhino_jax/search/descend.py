@@ -136,7 +136,7 @@ def search_axes(
     memory_ticks: float = 0.0,
 ) -> Answer:
     """Descend from every start in several orders, and fuse what was found."""
-    axes = [i for i, axis in enumerate(energy.mesh.axes) if axis.size > 1]
+    axes = _wide(energy)
     if not axes:
         return whole(energy, memory_ticks)
     found: dict[tuple[Slots, ...], Answer] = {}
@@ -145,6 +145,11 @@ def search_axes(
             answer = descend(energy, start, [axes[i] for i in order], memory_ticks)
             found.setdefault(answer.slots, answer)
     return fuse(energy, list(found.values()), memory_ticks)
+
+
+def _wide(energy: Energy) -> list[int]:
+    """The mesh axes of several devices."""
+    return [i for i, axis in enumerate(energy.mesh.axes) if axis.size > 1]
 
 
 def whole(energy: Energy, memory_ticks: float) -> Answer:
@@ -158,14 +163,10 @@ def whole(energy: Energy, memory_ticks: float) -> Answer:
 def gap(energy: Energy, answer: Answer, memory_ticks: float = 0.0) -> float:
     """By what share of its cost ``answer`` could be cheaper if one axis changed.
 
-    An upper bound, the largest of all axes; 0 where every step was solved exactly.
+    An upper bound, the largest of all axes.
     """
-    if answer.proven:
-        return 0.0
     most = 0.0
-    for axis, of in enumerate(energy.mesh.axes):
-        if of.size == 1:
-            continue
+    for axis in _wide(energy):
         at = zip(energy.kinds, answer.slots, strict=True)
         problem = energy.problem([k.around(x, axis) for k, x in at], memory_ticks)
         bound = lower_bound(problem, BOUND_TABLE)

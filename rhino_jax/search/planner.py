@@ -139,11 +139,11 @@ def copies_of(program: Program) -> Mapping[int, int]:
 
     What reads the same values, ``rematerialize`` looked through, computes the same.
     """
+    if not any(op.kind == REMATERIALIZE for op in program.ops):
+        return {}
     same: dict[int, int] = {}
     found: dict[int, int] = {}
     known: dict[object, int] = {}
-    if not any(op.kind == REMATERIALIZE for op in program.ops):
-        return found
     for index, op in enumerate(program.ops):
         reads = tuple(same.get(v, v) for v in op.operands)
         if op.kind == REMATERIALIZE:

@@ -30,10 +30,10 @@ def solve(
     if exact is not None:
         return exact
     core = reduced(problem)
+    small = min(SMALL_TABLE, largest_table)
     found: Solution | None = None
     best = propagate(core.problem, core.restrict(start))
     for _ in range(MOST_PASSES):
-        small = min(SMALL_TABLE, largest_table)
         again = eliminate(core.problem, best, small)
         assert again is not None, "variables may be held"
         if found is not None and again.cost >= found.cost:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rhino_jax.ir.assignment import Assignment, OpPlan
+from rhino_jax.ir.factors import BLOCKED, PARALLEL, REDUCTION, Factor, Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program, Value
@@ -54,6 +55,19 @@ def whole(program: Program) -> Assignment:
 def traced_whole(fun: Any, *args: Any) -> tuple[Program, Assignment]:
     found = trace(fun, args).program
     return found, whole(found)
+
+
+KINDS = {
+    **dict.fromkeys(("fused", "tanh"), PARALLEL),
+    "reducing": REDUCTION,
+    "opaque": BLOCKED,
+}
+
+
+def by_role(program: Program, op: Op) -> Rule:
+    """A rule that makes an op what its kind says, over one factor."""
+    dims = ((("x",),),)
+    return Rule((Factor("x", 1, KINDS[op.kind]),), dims * len(op.operands), dims)
 
 
 WIDTH, LAYERS, EXAMPLES = 64, 3, 32

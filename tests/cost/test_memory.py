@@ -23,6 +23,7 @@ from tests.cost.plans import (
     LAYERS,
     ONE,
     WIDTH,
+    by_role,
     f32,
     planned,
     program,
@@ -83,6 +84,10 @@ def test_two_large_sources_are_written_once() -> None:
     unfolded = unfold(of, whole(of), ONE, rule_of)
     written = fusion(unfolded).written
     assert [written[x.writes[0]] for x in unfolded.instructions] == [True] * 7
+    ops = ops[:-2]
+    of = program([VECTOR] * 8, (0,), ops, (5,))
+    unfolded = unfold(of, whole(of), ONE, rule_of)
+    assert not fusion(unfolded).written[unfolded.instructions[2].writes[0]]
 
 
 def test_two_large_sources_of_two_readers_are_read_again() -> None:
@@ -343,12 +348,6 @@ def fused_and_opaque(draw: st.DrawFn) -> tuple[Program, tuple[int, ...]]:
     outputs = tuple(draw(st.lists(st.integers(0, total - 1), max_size=3)))
     shapes = [(size,) for size in sizes]
     return program(shapes, tuple(range(count)), ops, outputs), tuple(sizes)
-
-
-def by_role(program: Program, op: Op) -> Rule:
-    kind = BLOCKED if op.kind == "opaque" else PARALLEL
-    dims = ((("x",),),)
-    return Rule((Factor("x", 1, kind),), dims * len(op.operands), dims)
 
 
 def definition(of: Program, sizes: tuple[int, ...]) -> int:

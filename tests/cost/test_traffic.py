@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from rhino_jax.cost.buffers import unfold
 from rhino_jax.cost.fusion import fusion
 from rhino_jax.cost.traffic import traffic
-from rhino_jax.ir.factors import BLOCKED, PARALLEL, REDUCTION, Factor, Rule
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.rules import rule_of
-from tests.cost.plans import ONE, program, whole
+from tests.cost.plans import ONE, by_role, program, whole
 
 TABLE = (64, 256)
 KB64 = 64 * 256 * 4  # bytes of a TABLE of float32
@@ -100,14 +99,6 @@ def programs(draw: st.DrawFn) -> tuple[Program, tuple[int, ...]]:
     return of, tuple(sizes)
 
 
-KINDS = {"fused": PARALLEL, "reducing": REDUCTION, "opaque": BLOCKED}
-
-
-def by_role(program: Program, op: Op) -> Rule:
-    dims = ((("x",),),)
-    return Rule((Factor("x", 1, KINDS[op.kind]),), dims * len(op.operands), dims)
-
-
 def definition(of: Program, sizes: tuple[int, ...], real: tuple[bool, ...]) -> int:
     """All bytes, by the longest way from the inputs to each kernel."""
     maker = {op.results[0]: op for op in of.ops}
@@ -125,7 +116,7 @@ def definition(of: Program, sizes: tuple[int, ...], real: tuple[bool, ...]) -> i
         op = maker[value]
         if op.kind == "opaque":
             return max(when(s) + 1 if s in maker else 0 for s in all_sources(op))
-        return max(map(lambda s: there(s, op), all_sources(op)), default=0)
+        return max((there(s, op) for s in all_sources(op)), default=0)
 
     def there(source: int, reader: Op) -> int:
         if source not in maker:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cluster.topology import linked
 from rhino_jax.errors import InfeasibleError, PinError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
@@ -22,8 +23,15 @@ from rhino_jax.search.auto import Wish, plan_search
 from rhino_jax.search.choose import plan_recipe
 from rhino_jax.search.descend import orders
 from rhino_jax.search.energy import Energy
-from rhino_jax.search.planner import Request, copies_of, read, search
-from rhino_jax.search.prices import AlphaBeta
+from rhino_jax.search.planner import (
+    Request,
+    copies_of,
+    energy_of,
+    read,
+    search,
+    ties_of,
+)
+from rhino_jax.search.prices import AlphaBeta, ClusterPrices
 from rhino_jax.search.recipes import RECIPES
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
 from rhino_jax.search.remat_scans import REMATERIALIZE
@@ -173,6 +181,15 @@ def test_microbatches_that_do_not_divide_are_refused() -> None:
     subject = subject_of(fun, state, batch)
     with pytest.raises(InfeasibleError, match="7 microbatches do not divide"):
         plan_search(subject, wish("h100:1x4", microbatches=7))
+
+
+def test_nothing_is_tied_where_nothing_is_equal() -> None:
+    reading = read(subject_of(*ATTENTION))
+    assert ties_of(reading.subject.program, (), {}).ops == {}
+    mesh = linked(parse_cluster("h100:1x4"), Mesh.of(x=4))
+    prices = ClusterPrices(parse_cluster("h100:1x4"))
+    energy = energy_of(reading, Request(mesh, prices))
+    assert len(energy.graph.vars) == len(energy.kinds)
 
 
 def unrolled(layers: int) -> Subject:
