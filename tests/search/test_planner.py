@@ -25,9 +25,9 @@ from rhino_jax.search.descend import orders
 from rhino_jax.search.energy import Energy
 from rhino_jax.search.planner import (
     Request,
-    copies_of,
     energy_of,
     read,
+    repeats,
     search,
     ties_of,
 )
@@ -226,9 +226,9 @@ def test_equal_layers_share_their_variables(
 
 def test_what_is_computed_again_is_decided_as_it_was() -> None:
     was = unrolled(6)
-    assert not copies_of(was.program)
+    assert not repeats(was.program).ops
     program = apply_remat(was.program, was.pairs, was.batch_inputs, BOUNDARY)
-    found = copies_of(program)
+    found = repeats(program).ops
     assert len(found) == len(program.ops) - len(was.program.ops) - sum(
         op.kind == REMATERIALIZE for op in program.ops
     )
