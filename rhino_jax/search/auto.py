@@ -284,7 +284,7 @@ class _Search:
         with self._reading():
             subject = self._under(BOUNDARY, chosen)
             reading = read_again(subject, sought.reading)
-        start = carried(sought.answer, sought.energy.graph, reading.graph)
+            start = carried(sought.answer, sought.energy.graph, reading.graph)
         price = plain.byte_seconds
         one = self._on(reading, plain.mesh, price, start)
         with self._reading():

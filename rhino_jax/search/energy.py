@@ -94,7 +94,7 @@ class Energy:
             )
         if not memory_ticks or not var.held:
             return seconds
-        held = [self._held(var, meaning) for meaning in domain.meanings]
+        held = [self.held_bytes(var, meaning) for meaning in domain.meanings]
         return seconds + np.array([round(n * memory_ticks) for n in held], np.int64)
 
     def _own(self, var: Var, slots: Slots, meaning: Meaning) -> int:
@@ -104,7 +104,7 @@ class Energy:
             cost += COPY * _idle_axes(slots, self.mesh)
         return min(cost, FORBIDDEN)
 
-    def _held(self, var: Var, meaning: Meaning) -> int:
+    def held_bytes(self, var: Var, meaning: Meaning) -> int:
         """Bytes that a variable has standing at the peak."""
         total = 0
         for index, count in var.held.items():
@@ -123,8 +123,8 @@ class Energy:
                 meaning = self.meaning(v, slots[v])
                 assert meaning is not None
                 whole = replace(meaning, gives=tuple(map(_undivided, meaning.gives)))
-                least = -(-self._held(var, whole) // self.mesh.num_devices)
-                spare += max(self._held(var, meaning) - least, 0)
+                least = -(-self.held_bytes(var, whole) // self.mesh.num_devices)
+                spare += max(self.held_bytes(var, meaning) - least, 0)
         return spare
 
     def _op(self, var: Var, meaning: Meaning) -> int:
