@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rhino_jax.api import ParallelFunction as ParallelFunction
 from rhino_jax.api import auto_parallel as auto_parallel
 from rhino_jax.api import follow as follow
+from rhino_jax.api import global_shapes as global_shapes
+from rhino_jax.api import initialize as initialize
 from rhino_jax.api import name as name
 from rhino_jax.api import plan as plan
 from rhino_jax.errors import RhinoError as RhinoError
