@@ -92,6 +92,15 @@ def local_avals(args: Sequence[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
     )
 
 
+def key_impl(dtype: Any) -> str:
+    """The generator of a dtype of keys, as ``jax.random.wrap_key_data`` takes it.
+
+    >>> key_impl(jax.random.key(0).dtype)
+    'threefry2x32'
+    """
+    return str(dtype._impl.name)
+
+
 def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
     """A closed jaxpr from an open one and its constants."""
     return ClosedJaxpr(jaxpr, list(consts))

@@ -30,6 +30,7 @@ __all__ = [
     "initialize",
     "name",
     "plan",
+    "saved_steps",
 ]
 
 
@@ -128,6 +129,17 @@ def follow(
 def name(x: jax.Array, label: str) -> jax.Array:
     """``x`` itself, under a name that pins can mean."""
     return checkpoint_name(x, label)
+
+
+def saved_steps(folder: str | Path) -> tuple[int, ...]:
+    """The steps whose states ``train_step.save`` wrote to ``folder``, rising.
+
+    >>> saved_steps("/nowhere")
+    ()
+    """
+    from rhino_jax.api import checkpoint
+
+    return checkpoint.saved_steps(folder)
 
 
 def _settled(

@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from rhino_jax import compat
 from rhino_jax.api.entry import aval_of
-from rhino_jax.errors import ProcessError, problems
-from rhino_jax.runtime.publish import exchanged, group_of
+from rhino_jax.runtime.publish import agreed, group_of
+
+_EQUAL_ROWS = "Give every process as many rows: drop or pad the rest."
 
 Shape = tuple[int, ...]
 
@@ -127,28 +128,10 @@ def global_shapes(batch: Any) -> Any:
     count = len(group.ranks) if group else 1
     if group is not None:
         leaves = jax.tree.leaves_with_path(batch)
-        mine = [f"{jax.tree_util.keystr(p)} {_said(x)}" for p, x in leaves]
-        _check_equal(exchanged(group, "global_shapes", "\n".join(mine)))
+        rows = {jax.tree_util.keystr(path): _said(x) for path, x in leaves}
+        facts = {"process's part of the batch": rows}
+        agreed(group, "global_shapes", facts, lambda: "", _EQUAL_ROWS)
     return jax.tree.map(lambda x: _times(x, count), batch)
-
-
-def _check_equal(said: dict[int, str]) -> None:
-    first, *_ = said.values()
-    found = []
-    for rank, text in said.items():
-        pairs = zip(text.splitlines(), first.splitlines(), strict=False)
-        unlike = [a for a, b in pairs if a != b]
-        if text != first:
-            found.append(f"process {rank}: {', '.join(unlike[:4]) or 'another tree'}")
-    if found:
-        ours = ", ".join(first.splitlines()[:4])
-        raise ProcessError(
-            problems(
-                f"processes bring unequal parts of the batch; the first has {ours}:",
-                found,
-                "Give every process as many rows: drop or pad the rest.",
-            )
-        )
 
 
 def _said(x: Any) -> str:

@@ -25,6 +25,7 @@ from rhino_jax.trace import Traced
 
 PACKAGES = ("rhino-jax", "jax", "jaxlib")
 """Packages that decide which program a step and its plan become."""
+_MEND = "Start all of them from the same sources, packages and options."
 
 
 def plan_for_all(
@@ -47,7 +48,9 @@ def plan_for_all(
         here.append(_planned(traced, options, given))
         return here[0].plan.to_json()
 
-    answer = agreed(group, name, facts_of(traced, options, given), lead)
+    answer = agreed(
+        group, f"planning {name}", facts_of(traced, options, given), lead, _MEND
+    )
     if here:
         return here[0]
     planned = bind(Plan.from_json(answer, "the published plan"), traced, options)

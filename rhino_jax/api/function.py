@@ -344,6 +344,54 @@ class ParallelFunction:
 
         return fetched(tree)
 
+    def save(
+        self, folder: str | Path, state: Any, step: int, keep: int | None = None
+    ) -> None:
+        """Write ``state`` to ``folder`` as the checkpoint of ``step``.
+
+        It appears there when all of it is written: whatever happens meanwhile (a full
+        disk, a killed process) leaves the older ones as they are. On several processes
+        all must call it, on a folder that all see; each writes its own part.
+
+        Args:
+            keep: how many checkpoints to keep, the newest; None keeps all.
+
+        Raises:
+            CheckpointError: it can not be written, or ``step`` is saved already.
+        """
+        from rhino_jax.api.checkpoint import save
+
+        began(f"saving step {step} of {self.__name__}")
+        save(folder, state, step, keep)
+
+    def restore(
+        self, folder: str | Path, *args: Any, step: int | None = None, **kwargs: Any
+    ) -> Any:
+        """The state of the checkpoint of ``step`` (None: the last), placed as planned.
+
+        Another plan or number of devices may have saved it. ``args`` and ``kwargs`` are
+        the step's arguments, arrays or shapes (the state's by ``jax.eval_shape``),
+        needed only before the first plan.
+
+        Raises:
+            SignatureError: there is no plan yet.
+            CheckpointError: there is no such checkpoint, or it is of another model
+                (which leaves differ).
+        """
+        from rhino_jax.api.checkpoint import restore
+
+        if not (args or kwargs or self._entries):
+            raise SignatureError(
+                "restore: nothing is planned yet; call "
+                f"{self.__name__}.restore(folder, state_shapes, batch)"
+            )
+        known = self.planned(*args, **kwargs) if args or kwargs else None
+        planned = (known or self._entries[0].planned).attached()
+        began(f"restoring {self.__name__}")
+        homes, tree = jax.tree.flatten(planned.in_shardings[0][0])
+        kinds = planned.traced.avals[: len(homes)]
+        return restore(folder, step, tree, kinds, homes)
+
     def _put(self, method: str, tree: Any, hint: str, last: bool) -> Any:
         from rhino_jax.api import placing
 

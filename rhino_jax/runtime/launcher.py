@@ -41,6 +41,8 @@ class Worker:
     job: Job
     process: subprocess.Popen[bytes]
     shown_bytes: int = 0
+    ended: float = 0.0
+    """When it ended, in seconds since the epoch."""
 
     @property
     def log(self) -> Path:
@@ -60,12 +62,12 @@ class Worker:
             more = " (kill -9, or out of memory)" if -code == signal.SIGKILL else ""
             how = f"was killed by {name}{more}"
         last = read_status(self.job.status_path)
-        when = "before its first instruction"
+        did = "no instruction yet"
         if last:
-            when = f"in {last}, {time.time() - last.began:.1f} s after it began"
+            did = f"{last} (begun {self.ended - last.began:.1f} s before)"
         return (
-            f"worker {self.job.rank} (pid {self.process.pid}) {how} {when}; "
-            f"log: {self.log}"
+            f"worker {self.job.rank} (pid {self.process.pid}) {how}; its last "
+            f"instruction: {did}; log: {self.log}"
         )
 
     def tail(self) -> str:
@@ -189,6 +191,7 @@ def _start(command: Sequence[str], job: Job, environment: Mapping[str, str]) -> 
 
 def _wait(worker: Worker, ended: SimpleQueue[Worker]) -> None:
     worker.process.wait()
+    worker.ended = time.time()
     ended.put(worker)
 
 

@@ -8,6 +8,7 @@ is none. So nobody waits for an answer that will not come.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import zlib
@@ -24,6 +25,9 @@ from rhino_jax.runtime.status import began
 
 ARRIVAL_SECONDS = 300.0
 """How long processes wait for one another at a meeting."""
+READING_SECONDS, TELLING_SECONDS = 10.0, 1.0
+"""How long the leader waits, before it fails, until the others know why, and then until
+they have said so: with process 0 goes the store, and with it JAX ends the others."""
 _SLICE_SECONDS = 2.0  # no wait is longer, so that Ctrl-C is heard
 _ROOT = "rhino"
 _SHOWN = 8
@@ -73,14 +77,16 @@ def agreed(
     name: str,
     facts: Facts,
     make: Callable[[], str],
+    mend: str,
     arrival_seconds: float = ARRIVAL_SECONDS,
 ) -> str:
     """What ``make`` returns in the leader, in every process of the group.
 
     Args:
-        name: of what is asked for, for messages.
+        name: of what is asked for ("planning step"), for messages.
         facts: what must be equal in all processes.
         make: called in the leader alone.
+        mend: what to do where the facts differ, for the message.
 
     Raises:
         ProcessError: the facts differ (in every process, with what differs), or a
@@ -91,39 +97,37 @@ def agreed(
     mine = f"{place}/facts/{group.rank}"
     _set(group.store, mine, json.dumps(facts))
     until = time.monotonic() + arrival_seconds
-    began(f"waiting for the other processes to plan {name}")
+    began(f"waiting for the other processes ({name})")
     if not group.leads:
         try:
             _arrived(group, place, group.ranks[:1], name, until, arrival_seconds)
         except ProcessError:  # so that a leader that comes late is refused too
             _set(group.store, mine, json.dumps({"patience": "gave up waiting"}))
             raise
-        began(f"waiting for process {group.ranks[0]} to plan {name}")
-        return _opened(_get(group.store, f"{place}/answer", None), group.ranks[0])
+        began(f"waiting for process {group.ranks[0]} ({name})")
+        sealed = _get(group.store, f"{place}/answer", None)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 may be gone
+            _set(group.store, f"{place}/read/{group.rank}", "")
+        return _opened(sealed, group.ranks[0])
     try:
         said = _arrived(group, place, group.ranks, name, until, arrival_seconds)
-        _compare(name, {r: json.loads(text) for r, text in said.items()})
+        _compare(name, {r: json.loads(text) for r, text in said.items()}, mend)
         answer = make()
     except BaseException as error:
-        sealed = {"kind": type(error).__name__, "error": str(error)}
-        _set(group.store, f"{place}/answer", json.dumps(sealed))
+        refusal = {"kind": type(error).__name__, "error": str(error)}
+        _set(group.store, f"{place}/answer", json.dumps(refusal))
+        _wait_for_readers(group, place)
         raise
     _set(group.store, f"{place}/answer", json.dumps({"answer": answer}))
     return answer
 
 
-def exchanged(
-    group: Group, name: str, text: str, arrival_seconds: float = ARRIVAL_SECONDS
-) -> dict[int, str]:
-    """What every process of the group says, by its rank.
-
-    Raises:
-        ProcessError: a process did not come in time.
-    """
-    place = _meeting(group)
-    _set(group.store, f"{place}/facts/{group.rank}", text)
-    until = time.monotonic() + arrival_seconds
-    return _arrived(group, place, group.ranks, name, until, arrival_seconds)
+def _wait_for_readers(group: Group, place: str) -> None:
+    """Give the others the time to read why there is no answer."""
+    until = time.monotonic() + READING_SECONDS
+    for rank in group.ranks[1:]:
+        _get(group.store, f"{place}/read/{rank}", until)
+    time.sleep(TELLING_SECONDS)
 
 
 def _meeting(group: Group) -> str:
@@ -155,7 +159,7 @@ def _arrived(
     return found
 
 
-def _compare(name: str, facts: Mapping[int, Facts]) -> None:
+def _compare(name: str, facts: Mapping[int, Facts], mend: str) -> None:
     """Raise :class:`ProcessError` unless all have the same facts."""
     found = [
         line
@@ -166,9 +170,9 @@ def _compare(name: str, facts: Mapping[int, Facts]) -> None:
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise ProcessError(
             problems(
-                f"{name}: the processes do not have the same program to run:",
+                f"{name}: the processes differ:",
                 [*found[:_SHOWN], *more],
-                "Start all of them from the same sources, packages and options.",
+                mend,
             )
         )
 
