@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from rhino_jax.errors import ProcessError, problems
 from rhino_jax.runtime.job import VARIABLES, Job
-from rhino_jax.runtime.status import read_status
+from rhino_jax.runtime.status import Status, read_status
 
 GRACE_SECONDS = 3.0
 """How long workers have between being asked to end and being killed."""
@@ -62,12 +62,11 @@ class Worker:
             more = " (kill -9, or out of memory)" if -code == signal.SIGKILL else ""
             how = f"was killed by {name}{more}"
         last = read_status(self.job.status_path)
-        did = "no instruction yet"
-        if last:
-            did = f"{last} (begun {self.ended - last.began:.1f} s before)"
+        assert last is not None, self.job.status_path
         return (
             f"worker {self.job.rank} (pid {self.process.pid}) {how}; its last "
-            f"instruction: {did}; log: {self.log}"
+            f"instruction: {last} (begun {self.ended - last.began:.1f} s before); "
+            f"log: {self.log}"
         )
 
     def tail(self) -> str:
@@ -177,6 +176,7 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 def _start(command: Sequence[str], job: Job, environment: Mapping[str, str]) -> Worker:
+    Status(job.status_path).began("starting Python")
     with log_of(job).open("wb") as log:
         process = subprocess.Popen(
             command,

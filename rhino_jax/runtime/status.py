@@ -37,8 +37,8 @@ class Status:
     """The status file of this process."""
 
     def __init__(self, path: Path) -> None:
-        path.write_bytes(bytes(_RECORD.size))
-        with path.open("r+b") as file:
+        with path.open("a+b") as file:
+            file.truncate(_RECORD.size)
             self._map = mmap.mmap(file.fileno(), _RECORD.size)
         self._text: tuple[str, bytes] = ("", b"")
 
