@@ -62,11 +62,12 @@ class Worker:
             more = " (kill -9, or out of memory)" if -code == signal.SIGKILL else ""
             how = f"was killed by {name}{more}"
         last = read_status(self.job.status_path)
-        assert last is not None, self.job.status_path
+        did = "unknown, its status file is gone"
+        if last:
+            did = f"{last} (begun {self.ended - last.began:.1f} s before)"
         return (
             f"worker {self.job.rank} (pid {self.process.pid}) {how}; its last "
-            f"instruction: {last} (begun {self.ended - last.began:.1f} s before); "
-            f"log: {self.log}"
+            f"instruction: {did}; log: {self.log}"
         )
 
     def tail(self) -> str:
