@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.extend as jex
 import numpy as np
-from jax._src import compiler
+from jax._src import clusters, compiler
+from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source
 from jax._src.interpreters import mlir
 from jax._src.interpreters import partial_eval as pe
@@ -89,6 +90,15 @@ def local_avals(args: Sequence[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
         jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
         for x in map(jax.typeof, args)
     )
+
+
+def key_impl(dtype: Any) -> str:
+    """The generator of a dtype of keys, as ``jax.random.wrap_key_data`` takes it.
+
+    >>> key_impl(jax.random.key(0).dtype)
+    'threefry2x32'
+    """
+    return str(dtype._impl.name)
 
 
 def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
@@ -239,3 +249,26 @@ def partition_count(module: Any) -> int:
 def threefry_partitionable(eqn: Any) -> bool:
     """Whether ``eqn`` was traced with ``jax_threefry_partitionable`` on."""
     return bool(eqn.ctx.threefry_partitionable)
+
+
+# ---- several processes (runtime/) -------------------------------------------------
+
+
+def key_values() -> Any:
+    """The client of the key-value store of ``jax.distributed``; None where it is not
+    started."""
+    return _distributed.global_state.client
+
+
+def process_id() -> int:
+    """The rank given to ``jax.distributed``; no backend is started to know it."""
+    return _distributed.global_state.process_id
+
+
+def cluster_detected() -> str:
+    """The launcher by which ``jax.distributed`` finds the other processes ("slurm",
+    "ompi", "k8s", ...); "" where there is none."""
+    for kind in clusters.ClusterEnv._cluster_types:
+        if not kind.opt_in_only_method and kind.is_env_present():
+            return kind.name or kind.__name__
+    return ""

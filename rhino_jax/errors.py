@@ -58,6 +58,14 @@ class InfeasibleError(RhinoError):
     """A request that no plan meets."""
 
 
+class ProcessError(RhinoError):
+    """Processes of one run that do not agree, or a launcher's half-set environment."""
+
+
+class CheckpointError(RhinoError):
+    """A checkpoint that can not be written, or belongs to another model."""
+
+
 class OptionsError(RhinoError):
     """Options that contradict one another or are out of range."""
 

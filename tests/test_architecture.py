@@ -43,7 +43,10 @@ MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
 WITHOUT_JAX = set("ir rules cluster cost search plan report options errors".split())
 JAX = {"jax", "jaxlib", "flax", "optax"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-READS_ENVIRONMENT = {"cli.py", "compat.py", "verify/child.py", "verify/compile_only.py"}
+READS_ENVIRONMENT = {
+    *("cli.py", "cli/launch.py", "compat.py", "runtime/job.py"),
+    *("verify/child.py", "verify/compile_only.py"),
+}
 NO_FAMILY = {
     "rules": {"__init__", "notation", "registry"},
     "lower/local": {"__init__", "shard", "registry"},

@@ -23,8 +23,9 @@ def parse_cluster(text: str) -> Cluster:
     """Read a cluster.
 
     "h100:2x8" is two hosts of eight GPUs ("h100:8" one host), "v5e:4x4" a TPU slice of
-    4 by 4 chips, "v5e:16x16x4slices" four of 16 by 16, "cpu:8" eight simulated devices.
-    Its name is the text in full: "a100:8" is named "a100-80:1x8".
+    4 by 4 chips, "v5e:16x16x4slices" four of 16 by 16, "cpu:8" eight simulated devices,
+    "cpu:2x4" as many in two processes. Its name is the text in full: "a100:8" is named
+    "a100-80:1x8".
 
     >>> parse_cluster("a100:8").name, parse_cluster("v4:2x2x4").num_devices
     ('a100-80:1x8', 32)
@@ -82,9 +83,13 @@ def example(name: str) -> str:
 
 
 def _cpu(text: str, shape: tuple[int, ...]) -> Cluster:
-    if len(shape) > 1:
-        raise ClusterError(f"{text!r}: CPU devices have one number, such as cpu:8.")
-    return cpu_cluster(shape[0])
+    if len(shape) > 2:
+        raise ClusterError(
+            f"{text!r} has {len(shape)} numbers, CPU devices have two: cpu:processes x "
+            "devices a process, such as cpu:2x4 (cpu:8 is one process)."
+        )
+    processes, per_process = shape if len(shape) == 2 else (1, shape[0])
+    return cpu_cluster(per_process, processes)
 
 
 def _gpu(text: str, name: str, shape: tuple[int, ...]) -> Cluster:

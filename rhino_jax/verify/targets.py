@@ -189,9 +189,13 @@ def parse_target(text: str) -> Target:
         return _gpu(text, name, shape)
     if name in TPU_CORES:
         return _tpu(text, name, shape)
-    if len(shape) > 1:
-        raise ClusterError(f"{text!r}: CPU devices have one number, such as cpu:8.")
-    return Target(f"cpu:{shape[0]}", "cpu", str(shape[0]), "", shape[0], 0)
+    if len(shape) > 2:
+        raise ClusterError(
+            f"{text!r} has {len(shape)} numbers, CPU devices have two: cpu:processes x "
+            "devices a process, such as cpu:2x4 (cpu:8 is one process)."
+        )
+    count = math.prod(shape)  # the compiler does not see processes
+    return Target(f"cpu:{count}", "cpu", str(count), "", count, 0)
 
 
 def _gpu(text: str, name: str, shape: tuple[int, ...]) -> Target:

@@ -26,6 +26,7 @@ GOOD = [
     ("v5e:16x16x4slices", "v5e:16x16x4slices", (4, 16, 16), (64, 16)),
     ("v5e:4x4x1slice", "v5e:4x4", (4, 4), (4, 4)),
     ("cpu:8", "cpu:8", (8,), (8,)),
+    ("cpu:2x4", "cpu:2x4", (2, 4), (8,)),
 ]
 
 
@@ -67,7 +68,7 @@ BAD = [
     ("v5p:4x4", "2 numbers, a v5p torus has 3"),
     ("v5e:3x4", "must be even"),
     ("v5e:4x4x0slices", "size of 0"),
-    ("cpu:2x4", "one number"),
+    ("cpu:2x4x2", "CPU devices have two"),
     ("h100:0x8", "size of 0"),
 ]
 
