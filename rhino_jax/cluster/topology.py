@@ -37,6 +37,8 @@ class Link:
     latency_source: str
     wraps: bool = False
     """The last device of a torus dimension is wired to the first."""
+    tree_latency_seconds: float = 0.0
+    """Per step of a tree; 0.0 where the library knows no trees."""
 
     def __post_init__(self) -> None:
         assert self.bytes_per_second > 0 and self.latency_seconds > 0, self
