@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rhino_jax.cluster.kernels import Kernels
+
 CPU, CUDA, ROCM, TPU = "cpu", "cuda", "rocm", "tpu"
 GPUS = (CUDA, ROCM)
 GIB = 2**30
@@ -43,6 +45,8 @@ class Device:
     memory_bytes_per_second: float
     sources: tuple[tuple[str, str], ...]
     """(figure, source), one for "flops_per_second" and one for each other figure."""
+    kernels: Kernels | None = None
+    """What a profile says of this device's kernels; None: what is known of its kind."""
 
     @property
     def peak_flops_per_second(self) -> Mapping[str, float]:
@@ -65,8 +69,16 @@ class Device:
         >>> h100.flops_per_second("float8_e4m3fn") / h100.flops_per_second("bfloat16")
         2.0
         """
-        column = "f8" if dtype.startswith("float8") else _COLUMN_OF.get(dtype, "f32")
-        return self.peak_flops_per_second[column]
+        return self.peak_flops_per_second[column(dtype)]
+
+
+def column(dtype: str) -> str:
+    """The column of :data:`COLUMNS` that a type runs as.
+
+    >>> [column(dtype) for dtype in ("bfloat16", "float8_e5m2", "int32")]
+    ['bf16', 'f8', 'f32']
+    """
+    return "f8" if dtype.startswith("float8") else _COLUMN_OF.get(dtype, "f32")
 
 
 def _device(
