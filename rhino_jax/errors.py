@@ -50,6 +50,10 @@ class ClusterError(RhinoError):
     """A cluster description that names nothing known."""
 
 
+class ProfileError(RhinoError):
+    """A profile that is damaged, of another version or of other hardware."""
+
+
 class VerifyError(RhinoError):
     """A check with a real compiler that can not be made here."""
 

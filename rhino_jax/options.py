@@ -21,8 +21,8 @@ class Options:
     Attributes:
         mesh: the logical mesh: a mapping of axis names to sizes, a
             ``jax.sharding.Mesh``, or None for one chosen from the device count.
-        cluster: plan for this hardware ("h100:2x8", "v5e:4x4") in place of the
-            attached devices.
+        cluster: plan for this hardware ("h100:2x8", "v5e:16x16x4slices", a YAML file
+            of one's own) in place of the attached devices.
         recipe: one of the known expert plans ("zero3") in place of a search.
         optimization_level: 1 searches for seconds; 2 tries more meshes, more orders,
             more plans.

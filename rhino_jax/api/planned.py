@@ -196,7 +196,8 @@ class Planned:
     @property
     def platform(self) -> str:
         """The platform of the plan's cluster; "" for the attached devices."""
-        return parse_target(self.plan.cluster).platform if self.plan.cluster else ""
+        named = self.plan.cluster
+        return parse_cluster(named).device.platform if named else ""
 
     def compile_only(self, target: str = "", **options: Any) -> CompiledFacts:
         """What the real compiler for ``target`` makes of the step; no device needed.

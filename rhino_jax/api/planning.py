@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,7 +38,6 @@ from rhino_jax.search.remat import NONE, apply_remat
 from rhino_jax.search.timing import Refusal
 from rhino_jax.trace import Traced, trace
 from rhino_jax.trace.arguments import leaves_of
-from rhino_jax.verify.targets import parse_target
 
 MARGIN = 0.92
 """Share of a device's memory that a plan may be predicted to need."""
@@ -280,7 +278,7 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
 
 def _platform(options: Options) -> str:
     if options.cluster:
-        return parse_target(options.cluster).platform
+        return parse_cluster(options.cluster).device.platform
     given = options.mesh
     if isinstance(given, jax.sharding.Mesh):
         return str(given.devices.flat[0].platform)
@@ -292,7 +290,7 @@ def _where(options: Options) -> tuple[Any, Mesh | None, int]:
     given = options.mesh
     mesh = None if given is None else as_mesh(given)
     if options.cluster:
-        count = parse_target(options.cluster).device_count
+        count = parse_cluster(options.cluster).num_devices
         what = options.cluster
     elif isinstance(given, jax.sharding.Mesh):
         return given, mesh, given.size
@@ -316,12 +314,7 @@ def _laid(jax_mesh: Any, mesh: Mesh, options: Options) -> Any:
 def _grid(options: Options, count: int) -> tuple[int, ...]:
     """How the devices are linked: a TPU's torus, or all in a row."""
     if options.cluster:
-        target = parse_target(options.cluster)
-        sides = target.text.partition(":")[2].split("x")
-        if target.platform == "tpu" and all(side.isdigit() for side in sides):
-            found = tuple(int(side) for side in sides if int(side) > 1)
-            if math.prod(found) == count:
-                return found or (1,)
+        return parse_cluster(options.cluster).grid
     return (count,)
 
 

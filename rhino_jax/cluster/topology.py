@@ -12,11 +12,26 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+
 from rhino_jax.cluster.hardware import TPU, Device
 from rhino_jax.ir.mesh import TIME, TORUS, Axis, Mesh
 
 MEMORY, CHIP, NVLINK, PCIE, NETWORK = "memory", "chip", "nvlink", "pcie", "network"
 """Kinds of link, with :data:`rhino_jax.ir.mesh.TORUS`."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one kind of collective takes among ``count`` devices over one link.
+
+    A line through what was measured or told: ``latency_seconds`` and bytes sent.
+    """
+
+    kind: str
+    count: int
+    latency_seconds: float
+    bytes_per_second: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,10 @@ class Link:
     latency_source: str
     wraps: bool = False
     """The last device of a torus dimension is wired to the first."""
+    tree_latency_seconds: float = 0.0
+    """Per step of a tree; 0.0 where the library knows no trees."""
+    fits: tuple[Fit, ...] = ()
+    """What a profile says of collectives over this link, by kind and count."""
 
     def __post_init__(self) -> None:
         assert self.bytes_per_second > 0 and self.latency_seconds > 0, self
@@ -50,6 +69,22 @@ class Link:
         a line, whose ends have one wire.
         """
         return self.bytes_per_second * (2 if self.wraps else 1)
+
+    def fitted(self, kind: str, wire_bytes: float, count: int) -> float | None:
+        """Seconds by the profile; None where it says nothing of ``kind``.
+
+        Between counts that it knows, on a straight line over the logarithm of the
+        count; beyond them, as the nearest.
+        """
+        known = sorted(
+            (fit.count, fit.latency_seconds + wire_bytes / fit.bytes_per_second)
+            for fit in self.fits
+            if fit.kind == kind
+        )
+        if not known:
+            return None
+        places = [math.log2(at) for at, _ in known]
+        return float(np.interp(math.log2(count), places, [s for _, s in known]))
 
 
 @dataclass(frozen=True)
@@ -68,6 +103,10 @@ class Cluster:
     device: Device
     levels: tuple[tuple[Link, int], ...]
     """(link, size), outermost first; sizes of 1 stay, to keep the shape as written."""
+
+    def __hash__(self) -> int:
+        # Look-ups by cluster are many; the rest follows from the name but for profiles.
+        return hash(self.name)
 
     def __post_init__(self) -> None:
         assert self.levels, f"{self.name} has no levels"
@@ -213,5 +252,6 @@ def _narrowed(link: Link, digits: list[_Digit], axes: tuple[str, ...]) -> Link:
         link,
         bytes_per_second=link.bytes_per_second / apart,
         latency_seconds=link.latency_seconds * apart,
+        fits=link.fits if apart == 1 else (),
         wraps=link.wraps and last == len(digits) - 1,
     )

@@ -45,6 +45,7 @@ HABITS: Mapping[str, Habits] = {
     # cuBLAS on Hopper asks for 32 MiB (XLA's s8[33554432]); the thresholds are the
     # defaults of xla_gpu_*_combine_threshold_bytes.
     "cuda": Habits(32 * MIB, 30 * MIB, True),
+    "rocm": Habits(32 * MIB, 30 * MIB, True),  # assumed as of CUDA: not observed
     "tpu": Habits(),
     "cpu": Habits(),
 }
