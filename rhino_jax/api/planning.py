@@ -19,6 +19,7 @@ from rhino_jax.errors import (
     MeshError,
     OptionsError,
     PinError,
+    TraceError,
     problems,
 )
 from rhino_jax.ir.assignment import Assignment
@@ -32,9 +33,9 @@ from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.choose import default_meshes, plan_recipe
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched
-from rhino_jax.search.pins import Spec
 from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.remat import NONE, apply_remat
+from rhino_jax.search.specs import Spec
 from rhino_jax.search.timing import Refusal
 from rhino_jax.trace import Traced, trace
 from rhino_jax.trace.arguments import leaves_of
@@ -87,6 +88,7 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
         MeshError, ClusterError, PinError, OptionsError, InfeasibleError: what was
             asked for can not be.
     """
+    _check_lowering(traced, options)
     if options.recipe:
         return _by_recipe(traced, options)
     _where(options)  # what is wrong with a mesh is said before anything is looked up
@@ -100,6 +102,20 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     found = _by_search(traced, options, cluster)
     write_plan(folder, key, found.plan)
     return found
+
+
+def _check_lowering(traced: Traced, options: Options) -> None:
+    """Raises :class:`TraceError` for what the manual program can not hold."""
+    inside = [op for _, op in traced.program.walk() if op.kind == "shard_map"]
+    if inside and options.lowering == "manual":
+        raise TraceError(
+            problems(
+                f"{traced.program.name} holds a shard_map, and the plan is one itself:",
+                [f"{op.where}: shard_map" for op in inside],
+                "Write that part as for one device, and it is sharded with the rest; "
+                'or keep it, and take lowering="auto" with its mesh as mesh=.',
+            )
+        )
 
 
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:

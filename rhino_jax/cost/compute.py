@@ -37,6 +37,7 @@ from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program, Value
 
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
+GROUPED = ("ragged_dot", "ragged_dot_general")
 CONVOLVED = "conv_general_dilated"
 TILED = frozenset((*PRODUCTS, CONVOLVED))
 READS: Mapping[str, str] = {
@@ -79,6 +80,8 @@ def op_flops(op: Op, rule: Rule, choice: Choice, mesh: Mesh) -> int:
     for factor in rule.factors:
         # Where windows overlap, the operand's own dimension ("x") is no loop: the
         # window and the result's dimension are.
+        if op.kind in GROUPED and factor.name in ("g", "c"):
+            continue  # each row is multiplied with the matrix of one group
         if op.kind != CONVOLVED or not factor.name.startswith("x"):
             points *= local_size(factor.size, choice.on(factor.name), mesh)
     if op.kind == CONVOLVED:

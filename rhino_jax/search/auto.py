@@ -27,11 +27,11 @@ from rhino_jax.search.carry import carried, read_again
 from rhino_jax.search.descend import Answer, Start, gap, search_axes, starts
 from rhino_jax.search.energy import Energy, Memo
 from rhino_jax.search.microbatch import microbatched
-from rhino_jax.search.pins import Spec
 from rhino_jax.search.planner import Reading, Request, energy_of, read, written
 from rhino_jax.search.prices import ClusterPrices, Prices
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
 from rhino_jax.search.selective import Chosen, Segmented, chosen_segments, segment_costs
+from rhino_jax.search.specs import Spec
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
 

@@ -15,15 +15,17 @@ from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.rules import HEAVY
+from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.search.build import build_graph
 from rhino_jax.search.descend import Answer, search_axes, starts
 from rhino_jax.search.domains import Meaning, kinds_of
 from rhino_jax.search.energy import Energy, Memo
-from rhino_jax.search.graph import INPUT, STATE, Facts, Graph, Ties
+from rhino_jax.search.graph import INPUT, STATE, Facts, Graph, Ties, Var
 from rhino_jax.search.parts import Parts, all_parts
-from rhino_jax.search.pins import Pinned, Spec, checked_pins
+from rhino_jax.search.pins import Pinned, checked_pins
 from rhino_jax.search.prices import Prices
 from rhino_jax.search.remat_scans import REMATERIALIZE
+from rhino_jax.search.specs import Spec, pin_of
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.write import write
 
@@ -182,7 +184,8 @@ def energy_of(reading: Reading, request: Request, memo: Memo | None = None) -> E
         PinError: pins that do not fit.
     """
     graph, mesh, memo = reading.graph, request.mesh, memo or Memo()
-    if request.pins or request.placed:
+    constrained = any(v.op and v.op.kind in CONSTRAINTS for v in graph.vars)
+    if request.pins or request.placed or constrained:
         graph = _pinned(reading, request)
     return Energy(
         graph,
@@ -202,11 +205,16 @@ def _pinned(reading: Reading, request: Request) -> Graph:
         v = graph.inputs[position]
         variables[v] = replace(variables[v], fixed=layout)
     for v, var in enumerate(variables):
-        if var.op is not None and var.op.kind == "name":
-            asked = fixed.named.get(var.op.param["name"])
+        if var.op is not None and var.op.kind in (*CONSTRAINTS, "name"):
+            asked = pin_of(var.op, _made(var), fixed.named, request.mesh)
             if asked is not None:
                 variables[v] = replace(var, wanted=asked)
     return replace(graph, vars=variables)
+
+
+def _made(var: Var) -> tuple[int, ...]:
+    assert var.op is not None
+    return var.program.values[var.op.results[0]].shape
 
 
 def search(subject: Subject, request: Request) -> Found:
