@@ -12,7 +12,8 @@ gradients are summed in one order under every schedule.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+from dataclasses import replace
+from itertools import pairwise, zip_longest
 
 from rhino_jax.errors import OptionsError, nearest, problems
 from rhino_jax.schedule.tasks import (
@@ -44,6 +45,84 @@ def one_forward_one_backward(num_workers: int, num_microbatches: int) -> Schedul
     turns = _breadth_first(num_microbatches, 1)
     warmups = [num_workers - 1 - w for w in range(num_workers)]
     return _woven("1f1b", num_workers, num_microbatches, 1, turns, warmups)
+
+
+def eager_one_forward_one_backward(num_workers: int, num_microbatches: int) -> Schedule:
+    """1F1B with twice the lead, so that what is sent has time to arrive.
+
+    Zhuang et al. 2023, "On optimizing the communication of model parallelism"
+    (eager-1F1B), arXiv 2211.05322.
+    """
+    turns = _breadth_first(num_microbatches, 1)
+    warmups = [2 * (num_workers - 1 - w) for w in range(num_workers)]
+    return _woven("eager_1f1b", num_workers, num_microbatches, 1, turns, warmups)
+
+
+def zero_bubble(num_workers: int, num_microbatches: int) -> Schedule:
+    """1F1B whose weight halves fill the bubble, within the same memory: ZB-H1.
+
+    Worker w is as far ahead as under 1F1B and w weight halves behind: it keeps at most
+    ``num_workers`` microbatches, as worker 0 does under 1F1B. Qi et al. 2023, "Zero
+    bubble pipeline parallelism", arXiv 2401.10241, section 3.1.
+    """
+    turns = _breadth_first(num_microbatches, 1)
+    warmups = [num_workers - 1 - w for w in range(num_workers)]
+    delays = list(range(num_workers))
+    return _woven(
+        "zero_bubble", num_workers, num_microbatches, 1, turns, warmups, delays
+    )
+
+
+def interleaved(
+    num_workers: int, num_microbatches: int, stages_per_worker: int
+) -> Schedule:
+    """1F1B over several stages a worker: a smaller bubble, more sent, more kept.
+
+    Narayanan et al. 2021, "Efficient large-scale language model training on GPU
+    clusters using Megatron-LM", arXiv 2104.04473, section 2.2. There the number of
+    microbatches must be a multiple of the number of workers; here groups may be longer
+    than ``num_workers``, by as little as can be, so that any number will do. With fewer
+    microbatches than workers a worker waits between its stages. One stage a worker is
+    1F1B.
+    """
+    if stages_per_worker == 1:
+        plain = one_forward_one_backward(num_workers, num_microbatches)
+        return replace(plain, name="interleaved")
+    groups = _groups(num_microbatches, num_workers)
+    turns = [(c, j) for g in groups for c in range(stages_per_worker) for j in g]
+    lead = (stages_per_worker - 1) * max(map(len, groups))
+    warmups = [lead + 2 * (num_workers - 1 - w) for w in range(num_workers)]
+    return _woven(
+        "interleaved", num_workers, num_microbatches, stages_per_worker, turns, warmups
+    )
+
+
+def circular(
+    num_workers: int, num_microbatches: int, stages_per_worker: int
+) -> Schedule:
+    """GPipe looped over several stages a worker: all forward, then all backward.
+
+    All microbatches pass one of a worker's stages before the first reaches its next.
+    Lamy-Poirier 2022, "Breadth-first pipeline parallelism", arXiv 2211.05953; the
+    circular pipeline of praxis and MaxText. One stage a worker is GPipe.
+    """
+    turns = _breadth_first(num_microbatches, stages_per_worker)
+    warmups = [len(turns)] * num_workers
+    return _woven(
+        "circular", num_workers, num_microbatches, stages_per_worker, turns, warmups
+    )
+
+
+def _groups(num_microbatches: int, num_workers: int) -> list[range]:
+    """Runs of microbatches, nearly equal, none shorter than ``num_workers`` if any is.
+
+    >>> [len(group) for group in _groups(11, 4)]
+    [6, 5]
+    """
+    count = max(1, num_microbatches // num_workers)
+    size, longer = divmod(num_microbatches, count)
+    starts = [g * size + min(g, longer) for g in range(count + 1)]
+    return [range(a, b) for a, b in pairwise(starts)]
 
 
 def _breadth_first(num_microbatches: int, chunks: int) -> list[Turn]:
@@ -101,11 +180,18 @@ def _weave(
 
 Generator = Callable[..., Schedule]
 
-SCHEDULES: dict[str, Generator] = {"gpipe": gpipe, "1f1b": one_forward_one_backward}
+SCHEDULES: dict[str, Generator] = {
+    "gpipe": gpipe,
+    "1f1b": one_forward_one_backward,
+    "eager_1f1b": eager_one_forward_one_backward,
+    "zero_bubble": zero_bubble,
+    "interleaved": interleaved,
+    "circular": circular,
+}
 """Name -> what makes it, of (num_workers, num_microbatches)."""
 
-LOOPED: frozenset[str] = frozenset()
-"""Those that take a number of stages a worker as well."""
+LOOPED = frozenset({"interleaved", "circular"})
+"""Those that take stages_per_worker as well."""
 
 
 def make_schedule(
