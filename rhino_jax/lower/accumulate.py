@@ -16,9 +16,9 @@ from jax import lax
 
 from rhino_jax.ir.assignment import Assignment, phases
 from rhino_jax.ir.mesh import TIME, Mesh
+from rhino_jax.ir.pipeline.flow import leaving as leaves_by
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.steps import Move
-from rhino_jax.ir.pipeline.flow import leaving as leaves_by
 from rhino_jax.lower.manual import Frame, entered, finished, run_ops
 from rhino_jax.lower.reshard import Here, neutral, put_together
 
@@ -86,9 +86,7 @@ def _accumulate(
         frame.put(move.value, move.target, whole)
 
 
-def gathered(
-    program: Program, move: Move, stack: jax.Array, mesh: Mesh
-) -> jax.Array:
+def gathered(program: Program, move: Move, stack: jax.Array, mesh: Mesh) -> jax.Array:
     """[turns, *shard] of the rows of every turn as one shard."""
     (step,) = move.steps
     return put_together(stack, program.values[move.value].shape, step, mesh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from rhino_jax.ir.pipeline.chunks import Chunk, Chunks, Key, Read
+from rhino_jax.ir.pipeline.chunks import Chunks, Key, Read
 from rhino_jax.ir.pipeline.flow import LAST, LOOP, ROWS, TOTAL, Version
 from rhino_jax.runtime.tasks import (
     Free,
@@ -157,12 +157,10 @@ class _Building:
         ]
         takes: list[int | Slots] = named[: len(chunk.reads)]
         rest = iter(named[len(chunk.reads) :])
-        gone = []
         for one in chunk.leaves:
             if one.how == TOTAL:
                 assert one.read.source is not None
-                gone.append(self._total(one.read.source, one.index))
-                takes.append(gone[-1])
+                takes.append(self._total(one.read.source, one.index))
             else:
                 takes.append(next(rest))
         turn = microbatch if key.phase == LOOP else None
@@ -174,7 +172,7 @@ class _Building:
                 (*takes, *totals),
                 (*gives, *totals),
                 turn,
-                donates=(*gone, *totals),
+                donates=totals,
             )
         )
         self._sent(key, turn, chunk.gives, worker)

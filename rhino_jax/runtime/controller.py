@@ -7,18 +7,79 @@ is free when the last task that reads them has run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
+from rhino_jax.ir.pipeline.chunks import Key
 from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.lower.program import SignatureChanged
 from rhino_jax.runtime.tasks import Run, Send, TaskGraph
 
-Kind = tuple[tuple[int, ...], Any]
+Programs = Mapping[tuple[Key, bool], Any]
+"""Chunk, and whether it is the start of its totals -> the jitted program."""
+
+
+def programs_of(graph: TaskGraph, stages: StagePrograms) -> Programs:
+    """The programs that the tasks of ``graph`` run."""
+    found: dict[tuple[Key, bool], Any] = {}
+    for task in graph.tasks:
+        if isinstance(task, Run) and (task.key, task.start) not in found:
+            chunk, slots = stages.chunks.by_key[task.key], graph.slots
+            gone = {slots[s].version for s in task.donates if not slots[s].total}
+            found[task.key, task.start] = (
+                stages.start_program(chunk)
+                if task.start
+                else stages.chunk_program(chunk, gone)
+            )
+    return found
+
+
+def lowered(
+    graph: TaskGraph, stages: StagePrograms, avals: Sequence[Any], platform: str
+) -> list[jax.stages.Lowered]:
+    """Every program lowered, in an order in which they can run.
+
+    Args:
+        avals: of the step's inputs.
+        platform: "cuda", "tpu" or "cpu"; "" is that of the attached devices.
+    """
+    held: dict[int, Any] = {}
+
+    def put(slot: int, aval: Any, worker: int) -> None:
+        stage = stages.worker_of.index(worker)
+        where = stages.sharding(graph.slots[slot].version, stage)
+        held[slot] = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=where)
+
+    for slot, aval in zip(graph.inputs, avals, strict=True):
+        put(slot, aval, graph.slots[slot].worker)
+    programs, done = programs_of(graph, stages), {}
+    for task in graph.tasks:
+        if isinstance(task, Send):
+            for taken, given in zip(task.takes, task.gives, strict=True):
+                put(given, held[taken], task.target)
+        elif isinstance(task, Run):
+            args = _arguments(task, held)
+            if task.microbatch is not None:
+                where = stages.placed(jax.sharding.PartitionSpec(), task.key.stage)
+                args.insert(0, jax.ShapeDtypeStruct((), np.int32, sharding=where))
+            name = (task.key, task.start)
+            if name not in done:
+                traced = programs[name].trace(*args)
+                on = (platform,) if platform else None
+                done[name] = traced.lower(lowering_platforms=on)
+            for slot, out in zip(task.gives, done[name].out_info, strict=True):
+                put(slot, out, task.worker)
+    return list(done.values())
+
+
+def _arguments(task: Run, held: Any) -> list[Any]:
+    return [
+        held[s] if isinstance(s, int) else [held[one] for one in s] for s in task.takes
+    ]
 
 
 @dataclass
@@ -31,20 +92,11 @@ class Controller:
     graph: TaskGraph
     stages: StagePrograms
     donated: Collection[int] = ()
-    programs: dict[tuple[Any, bool], Any] = field(default_factory=dict)
     turns: dict[tuple[int, int], jax.Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         slots = self.graph.slots
-        for task in self.graph.tasks:
-            if isinstance(task, Run) and (task.key, task.start) not in self.programs:
-                chunk = self.stages.chunks.by_key[task.key]
-                gone = {slots[s].version for s in task.donates if not slots[s].total}
-                self.programs[task.key, task.start] = (
-                    self.stages.start_program(chunk)
-                    if task.start
-                    else self.stages.chunk_program(chunk, gone)
-                )
+        self.programs = programs_of(self.graph, self.stages)
         program, layouts = self.stages.program, self.stages.assignment.inputs
         self.homes = tuple(
             self.stages.sharding((value, layout), stage)
@@ -56,15 +108,14 @@ class Controller:
         self.dtypes = tuple(program.values[v].dtype for v in program.inputs)
         self.targets = {
             number: [
-                self.stages.sharding(slots[s].version, self._stage(task.target))
+                self.stages.sharding(
+                    slots[s].version, self.stages.worker_of.index(task.target)
+                )
                 for s in task.gives
             ]
             for number, task in enumerate(self.graph.tasks)
             if isinstance(task, Send)
         }
-
-    def _stage(self, worker: int) -> int:
-        return self.stages.worker_of.index(worker)
 
     def __call__(self, leaves: Sequence[Any]) -> list[jax.Array]:
         """The step's flat results from its flat arguments, constants last.
@@ -93,11 +144,8 @@ class Controller:
         return outs
 
     def _run(self, task: Run, held: list[Any]) -> None:
-        args = [
-            held[s] if isinstance(s, int) else [held[one] for one in s]
-            for s in task.takes
-        ]
-        if task.microbatch is not None and not task.start:
+        args = _arguments(task, held)
+        if task.microbatch is not None:
             args.insert(0, self._turn(task.microbatch, task.key.stage))
         for slot in task.donates:
             held[slot] = None
@@ -144,5 +192,3 @@ class Controller:
             x = leaves[position]
             if isinstance(x, jax.Array) and id(x) not in kept and not x.is_deleted():
                 x.delete()
-
-

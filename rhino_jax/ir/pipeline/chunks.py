@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from rhino_jax.ir.pipeline.flow import (
-    AFTER,
     BEFORE,
     FINAL,
     GIVEN,
@@ -33,7 +32,8 @@ from rhino_jax.ir.pipeline.labels import Label
 class Key:
     """Which chunk: ``place`` is a level before or behind the loop, a position in it.
 
-    Positions are 0 .. stages - 1 forward, then stages .. 2 * stages - 1 backward.
+    Positions are 0 .. stages - 1 forward, then stages .. 2 * stages - 1 backward; the
+    weight halves of a split backward pass have 2 * stages + the stage.
     """
 
     phase: int
@@ -81,7 +81,7 @@ class Chunks:
     """All chunks in an order in which they can run.
 
     ``homes`` are the stages that inputs live on, ``outputs`` who gives each output
-    (None: it is an input).
+    (None: it is an input). ``split``: backward halves are cut in two.
     """
 
     flow: Flow
@@ -89,6 +89,7 @@ class Chunks:
     chunks: tuple[Chunk, ...]
     homes: tuple[int, ...]
     outputs: tuple[Read, ...]
+    split: bool = False
 
     @cached_property
     def by_key(self) -> Mapping[Key, Chunk]:
@@ -96,8 +97,21 @@ class Chunks:
 
     def key_of(self, kind: str, stage: int) -> Key:
         """The chunk of the loop that is the "forward" or "backward" half of a stage."""
-        places = {"forward": stage, "backward": 2 * self.num_stages - 1 - stage}
+        backward = 2 * self.num_stages - 1 - stage
+        places = {
+            "forward": stage,
+            "backward": backward,
+            "backward_input": backward,
+            "backward_weight": 2 * self.num_stages + stage,
+        }
         return Key(LOOP, places[kind], stage)
+
+    def kind_of(self, key: Key) -> str:
+        """The kind of task that runs a chunk of the loop: the inverse of key_of."""
+        if self.split and key.place >= self.num_stages:
+            last = key.place >= 2 * self.num_stages
+            return "backward_weight" if last else "backward_input"
+        return self.side(key)
 
     def left_by(self, leave: int) -> Version:
         """The version that leaves the loop by its move ``leave``."""
@@ -109,10 +123,10 @@ class Chunks:
         )
 
     def side(self, key: Key) -> str:
-        """"before", "forward", "backward" or "after"."""
+        """ "before", "forward", "backward", "weights" or "after"."""
         if key.phase != LOOP:
             return "before" if key.phase == BEFORE else "after"
-        return "forward" if key.place < self.num_stages else "backward"
+        return ("forward", "backward", "weights")[key.place // self.num_stages]
 
 
 def cut(
@@ -121,6 +135,7 @@ def cut(
     num_stages: int,
     inputs: Sequence[Version],
     pairs: Mapping[int, int],
+    split: bool = False,
 ) -> Chunks:
     """``flow`` cut in chunks.
 
@@ -129,10 +144,14 @@ def cut(
         inputs: the step's inputs, each as it lies.
         pairs: positions of state inputs and of the outputs that succeed them: both
             live on one stage.
+        split: cut from every backward half what no other part of the loop reads (the
+            gradients of parameters), to be run later.
     """
     work = _Cutting(flow, labels, num_stages)
     work.place()
-    return work.chunks(inputs, pairs)
+    if split:
+        work.split()
+    return replace(work.chunks(inputs, pairs), split=split)
 
 
 @dataclass
@@ -196,6 +215,24 @@ class _Cutting:
     def _position(self, place: int) -> Key:
         return Key(LOOP, place, min(place, 2 * self.num_stages - 1 - place))
 
+    def split(self) -> None:
+        """Move what no other chunk of the loop reads to the weight halves."""
+        stay: set[int] = set()
+        units = self.flow.units
+        for number in reversed(range(len(units))):
+            keys = self.keys[number]
+            last = max(keys)
+            if last.phase > LOOP:
+                continue
+            halves = last.phase == LOOP and last.place >= self.num_stages
+            here = {last} if halves else set()
+            for _, maker in units[number].reads:
+                if maker != GIVEN and (number in stay or set(self.keys[maker]) != here):
+                    stay.add(maker)
+            if halves and number not in stay:
+                stage = last.stage
+                self.keys[number] = (Key(LOOP, 2 * self.num_stages + stage, stage),)
+
     def _outside(
         self,
         unit: Unit,
@@ -214,9 +251,7 @@ class _Cutting:
             stages = (max(sources[-1]).stage,)
         return tuple(self._level(unit.phase, stage, sources) for stage in stages)
 
-    def _level(
-        self, phase: int, stage: int, sources: Sequence[tuple[Key, ...]]
-    ) -> Key:
+    def _level(self, phase: int, stage: int, sources: Sequence[tuple[Key, ...]]) -> Key:
         """The first level at which all of ``sources`` are there, or are sent."""
         level = 0
         for keys in sources:
@@ -240,9 +275,7 @@ class _Cutting:
         here = [key for key in ahead if key.stage == reader.stage]
         return min(here or ahead)
 
-    def chunks(
-        self, inputs: Sequence[Version], pairs: Mapping[int, int]
-    ) -> Chunks:
+    def chunks(self, inputs: Sequence[Version], pairs: Mapping[int, int]) -> Chunks:
         members: dict[Key, list[int]] = {}
         for number, keys in enumerate(self.keys):
             for key in keys:
@@ -320,4 +353,3 @@ def _homes(
     for position, version in enumerate(inputs):
         successor = outputs[pairs[position]].source if position in pairs else None
         yield first.get(version, 0) if successor is None else successor.stage
-

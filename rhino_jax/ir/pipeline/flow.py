@@ -98,9 +98,7 @@ def flow(
     return Flow(tuple(reading.units), outputs)
 
 
-def _in_order(
-    program: Program, turning: Collection[int]
-) -> list[tuple[str, int, int]]:
+def _in_order(program: Program, turning: Collection[int]) -> list[tuple[str, int, int]]:
     """The ops of a step without a loop, as they stand."""
     before, inside, _ = phases(program, turning)
     place = {**dict.fromkeys(before, BEFORE), **dict.fromkeys(inside, LOOP)}

@@ -51,15 +51,15 @@ class StagePrograms:
     meshes: tuple[Any, ...]
 
     @cached_property
+    def inputs(self) -> tuple[Version, ...]:
+        """The step's inputs, each as it lies."""
+        return tuple(zip(self.program.inputs, self.assignment.inputs, strict=True))
+
+    @cached_property
     def ordinary(self) -> frozenset[Version]:
         """The versions that come in or go out of the step."""
-        a, p = self.assignment, self.program
-        return frozenset(
-            [
-                *zip(p.inputs, a.inputs, strict=True),
-                *zip(p.outputs, a.outputs, strict=True),
-            ]
-        )
+        outputs = zip(self.program.outputs, self.assignment.outputs, strict=True)
+        return frozenset([*self.inputs, *outputs])
 
     def move(self, leave: int) -> Move:
         """One of the moves behind the loop."""
@@ -87,9 +87,10 @@ class StagePrograms:
         return self.placed(self.spec(version), stage)
 
     def placed(self, spec: PartitionSpec, stage: int) -> Any:
+        """``spec`` on the devices of a stage; None on a device that is not here."""
         where = self.meshes[self.worker_of[stage]]
         if not on_devices(self.mesh):
-            return SingleDeviceSharding(where)
+            return where and SingleDeviceSharding(where)
         return NamedSharding(where, spec)
 
     def num_bytes(self, version: Version) -> int:
@@ -126,7 +127,7 @@ class StagePrograms:
         Arguments: the number of the turn (in the loop), its reads, then for each of
         ``leaves`` the total, a list of every turn's rows, or the last turn's value,
         then its own ``totals``. Results: what it gives, then its totals with the terms
-        of this turn. Totals are donated, as are the reads ``donated``.
+        of this turn. Its own totals are donated, as are the reads ``donated``.
         """
         turns = self.turns(chunk)
 
@@ -162,7 +163,7 @@ class StagePrograms:
             found.append((self.spec(read.version), read.version in donated))
         for one in chunk.leaves:
             if one.how == TOTAL:
-                found.append((self.raw, True))
+                found.append((self.raw, False))
             else:
                 spec = self.spec(one.read.version)
                 found.append(([spec] * trips if one.how == ROWS else spec, False))
@@ -175,8 +176,7 @@ class StagePrograms:
 
         def body() -> tuple[jax.Array, ...]:
             empty = (
-                empty_total(self.program, self.move(k), self.wide)
-                for k in chunk.totals
+                empty_total(self.program, self.move(k), self.wide) for k in chunk.totals
             )
             return tuple(map(self._framed, empty))
 
