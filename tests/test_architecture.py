@@ -21,7 +21,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
 
 BELOW_API = {
     "errors": "",
-    "options": "errors",
+    "schedule": "errors",
+    "options": "errors schedule",
     "ir": "errors",
     "rules": "errors ir",
     "compat": "errors",
@@ -29,18 +30,20 @@ BELOW_API = {
     "cluster": "errors ir",
     "cost": "errors ir cluster",
     "plan": "errors ir cost rules",
-    "search": "errors options ir rules cost cluster plan",
-    "lower": "errors options ir rules plan compat",
+    "search": "errors options ir rules cost cluster plan schedule",
+    "lower": "errors options ir rules plan compat schedule",
     "verify": "errors plan ir compat cluster cost",
-    "runtime": "errors options ir plan compat lower",
-    "report": "errors plan ir cost search",
+    "runtime": "errors options ir plan compat lower schedule",
+    "report": "errors plan ir cost search schedule",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
     "api": {*BELOW_API},
     "cli": {*BELOW_API, "api", ROOT},
     ROOT: {*BELOW_API, "api", "cli"},
 }
-WITHOUT_JAX = set("ir rules cluster cost search plan report options errors".split())
+WITHOUT_JAX = set(
+    "ir rules cluster cost search plan report options errors schedule".split()
+)
 JAX = {"jax", "jaxlib", "flax", "optax"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 READS_ENVIRONMENT = {

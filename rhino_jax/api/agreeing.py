@@ -18,6 +18,7 @@ from rhino_jax import compat
 from rhino_jax.api.cache import asked, sources
 from rhino_jax.api.planned import Planned
 from rhino_jax.api.planning import bind, cluster_of, plan_traced
+from rhino_jax.errors import OptionsError
 from rhino_jax.options import Options
 from rhino_jax.plan import Plan
 from rhino_jax.runtime.publish import Facts, Group, agreed, group_of
@@ -37,11 +38,17 @@ def plan_for_all(
     get the plan of the first.
 
     Raises:
+        OptionsError: a pipeline is asked for on several processes.
         ProcessError: a process has another program, package or option, or did not come.
     """
     group = group_here(options)
     if group is None:
         return _planned(traced, options, given)
+    if options.pipeline_stages is not None or (given and given.stages):
+        raise OptionsError(
+            f"{name}: a pipeline runs on the devices of one process, and "
+            f"{len(group.ranks)} processes share this run; leave pipeline_stages out"
+        )
     here: list[Planned] = []
 
     def lead() -> str:

@@ -278,17 +278,20 @@ class ParallelFunction:
         """The plan of the latest signature; None before the first."""
         return self._entries[0].planned.plan if self._entries else None
 
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """The lowered step for these arguments, on flat leaves."""
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """The lowered step for these arguments, on flat leaves.
+
+        A list, of every stage's programs, where it is a pipeline.
+        """
         return self.planned(*args, **kwargs).lower()
 
-    def compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
+    def compile(self, *args: Any, **kwargs: Any) -> Any:
         """The compiled step for these arguments, on flat leaves.
 
         Raises:
             MeshError: it is planned for other devices than there are.
         """
-        return self.planned(*args, **kwargs).attached().lower().compile()
+        return self.planned(*args, **kwargs).attached().compile()
 
     # ---- placing ------------------------------------------------------------------
 
@@ -304,10 +307,7 @@ class ParallelFunction:
         given = taken(init_fn, args)
         shapes = jax.eval_shape(init_fn, *given)
         planned = self.planned(shapes, *args[1:], **kwargs).attached()
-        where = planned.in_shardings[0][0]
-        if not planned.plan.mesh.axes:
-            return jax.jit(init_fn)(*given)
-        return jax.jit(init_fn, out_shardings=where)(*given)
+        return planned.create(init_fn, given)
 
     def place(self, state: Any, *rest: Any, **kwargs: Any) -> Any:
         """``state`` (host arrays, a checkpoint) moved to the plan's layout.
@@ -427,13 +427,11 @@ def _make_ready(entry: Entry) -> None:
     from rhino_jax.api.across import from_whole
 
     planned = entry.planned = entry.planned.attached()
-    layouts = planned.plan.assignment.inputs
-    entry.aim(planned.shardings(layouts))
+    entry.aim(planned.input_shardings)
     constants = planned.traced.constants
-    if constants and planned.plan.mesh.axes:
+    if constants and planned.plan.whole_mesh.axes:
         count = planned.traced.num_inputs
-        wanted = planned.shardings(layouts[count:])
-        pairs = zip(constants, wanted, strict=True)
+        pairs = zip(constants, planned.input_shardings[count:], strict=True)
         laid = from_whole if entry.across else jax.device_put
         constants = tuple(laid(c, where) for c, where in pairs)
     entry.constants = constants

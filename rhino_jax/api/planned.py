@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,27 +96,42 @@ class Planned:
         if not isinstance(self.jax_mesh, jax.sharding.AbstractMesh):
             return self
         mesh, found = self.plan.mesh, jax.devices()
-        if mesh.num_devices != len(found):
+        if self.plan.num_devices != len(found):
             raise MeshError(
-                f"the plan is for {mesh.num_devices} devices of "
+                f"the plan is for {self.plan.num_devices} devices of "
                 f"{self.plan.cluster or 'a cluster'}, mesh ({mesh}); this machine has "
                 f"{len(found)} ({found[0].device_kind}). Drop cluster= (or the saved "
                 "plan) to run here; rhino.plan(...) plans without devices"
             )
-        return replace(self, jax_mesh=device_mesh(mesh))
+        return replace(self, jax_mesh=device_mesh(self.plan.whole_mesh))
 
     @cached_property
     def in_shardings(self) -> Any:
         """``(args, kwargs)`` with a sharding for every array."""
         count = self.traced.num_inputs
-        flat = self.shardings(self.plan.assignment.inputs[:count])
+        flat = self.input_shardings[:count]
         return jax.tree.unflatten(self.traced.in_tree, flat)
 
     @cached_property
     def out_shardings(self) -> Any:
         """The step's result with a sharding for every array."""
-        flat = self.shardings(self.plan.assignment.outputs)
-        return jax.tree.unflatten(self.traced.out_tree, flat)
+        return jax.tree.unflatten(self.traced.out_tree, self.output_shardings)
+
+    @cached_property
+    def input_shardings(self) -> Sequence[Any]:
+        """A sharding for every flat input, constants last."""
+        return self.shardings(self.plan.assignment.inputs)
+
+    @cached_property
+    def output_shardings(self) -> Sequence[Any]:
+        """A sharding for every flat output."""
+        return self.shardings(self.plan.assignment.outputs)
+
+    def create(self, init_fn: Callable[..., Any], given: Sequence[Any]) -> Any:
+        """What ``init_fn`` returns, the step's first argument, where it is to lie."""
+        if not self.plan.mesh.axes:
+            return jax.jit(init_fn)(*given)
+        return jax.jit(init_fn, out_shardings=self.in_shardings[0][0])(*given)
 
     def shardings(self, layouts: Sequence[Layout]) -> Sequence[Any]:
         """Layouts as JAX's shardings on this plan's devices."""
@@ -160,7 +175,7 @@ class Planned:
         step.__name__ = traced.program.name
         if not plan.mesh.axes:
             return jax.jit(step, donate_argnums=0)
-        constants = tuple(self.shardings(plan.assignment.inputs[count:]))
+        constants = tuple(self.input_shardings[count:])
         return jax.jit(
             step,
             in_shardings=(*passing.call(*self.in_shardings), constants),
@@ -178,7 +193,7 @@ class Planned:
         program = self.traced.program
         values = [program.values[v] for v in program.inputs]
         real = [*self.traced.avals, *(jax.typeof(c) for c in self.traced.constants)]
-        given = self.shardings(self.plan.assignment.inputs)
+        given = self.input_shardings
         with_shardings = bool(self.plan.mesh.axes)
         avals = [
             jax.ShapeDtypeStruct(
@@ -192,6 +207,10 @@ class Planned:
         traced = self.jitted.trace(*avals)
         where = platform or self.platform
         return traced.lower(lowering_platforms=(where,) if where else None)
+
+    def compile(self) -> Any:
+        """The compiled step, on flat leaves."""
+        return self.lower().compile()
 
     @property
     def platform(self) -> str:

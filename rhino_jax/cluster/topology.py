@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from rhino_jax.cluster.hardware import TPU, Device
+from rhino_jax.errors import MeshError
 from rhino_jax.ir.mesh import TIME, TORUS, Axis, Mesh
 
 MEMORY, CHIP, NVLINK, PCIE, NETWORK = "memory", "chip", "nvlink", "pcie", "network"
@@ -136,6 +137,42 @@ class Cluster:
         sides = [sizes[place] for place in torus]
         sides[0], sides[-1] = sides[0] * outside, sides[-1] * inside
         return tuple(side for side in sides if side > 1) or (1,)
+
+
+def part(cluster: Cluster, parts: int) -> Cluster:
+    """One of ``parts`` equal shares of a cluster: runs of neighbouring devices.
+
+    Raises:
+        MeshError: the devices, or a level of links, can not be divided so.
+
+    >>> from rhino_jax.cluster.parse import parse_cluster
+    >>> [size for _, size in part(parse_cluster("h100:2x8"), 4).levels]
+    [1, 4]
+    """
+    levels, rest = [], parts
+    for link, size in cluster.levels:
+        shared = math.gcd(size, rest)
+        if rest > 1 and shared not in (size, rest):
+            break
+        cut = shared > 1 and link.wraps
+        levels.append((replace(link, wraps=False) if cut else link, size // shared))
+        rest //= shared
+    if rest > 1:
+        sizes = " x ".join(str(size) for _, size in cluster.levels)
+        raise MeshError(
+            f"{cluster.name} ({sizes} = {cluster.num_devices} devices) can not be "
+            f"divided among {parts} pipeline stages that run side by side; ask for a "
+            "number that divides the hosts, or their devices"
+        )
+    if parts == 1:
+        return cluster
+    return replace(cluster, name=f"1/{parts} of {cluster.name}", levels=tuple(levels))
+
+
+def between_parts(cluster: Cluster) -> Link:
+    """The slowest link that neighbouring shares of :func:`part` talk over."""
+    whole = [link for link, size in cluster.levels if size > 1]
+    return (whole or [cluster.levels[0][0]])[0]
 
 
 Crossing = tuple[tuple[Link, int], ...]

@@ -1,1 +1,1 @@
-"""What happens while a plan runs: processes that agree, and what they leave behind."""
+"""What happens while a plan runs: the tasks of pipelines, processes that agree."""

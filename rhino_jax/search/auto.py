@@ -32,6 +32,7 @@ from rhino_jax.search.prices import ClusterPrices, Prices
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
 from rhino_jax.search.selective import Chosen, Segmented, chosen_segments, segment_costs
 from rhino_jax.search.specs import Spec
+from rhino_jax.search.staging import Divided
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
 
@@ -56,7 +57,7 @@ class Wish:
 
     ``meshes`` to choose from; ``limit_bytes`` of one device. ``microbatches`` 0 and
     ``remat`` "" leave them to the search. ``more_memory`` says how a device could have
-    more, where it could.
+    more, where it could. ``pipeline``: the plan will be cut in stages.
     """
 
     cluster: Cluster
@@ -68,6 +69,7 @@ class Wish:
     pins: Mapping[str, Spec] = field(default_factory=dict)
     donated: tuple[int, ...] = ()
     more_memory: str = ""
+    pipeline: bool = False
 
 
 @dataclass(frozen=True)
@@ -379,7 +381,8 @@ class _Search:
         mesh = one.energy.mesh
         over = mesh
         if count > 1:
-            timed = microbatched(subject, assignment, mesh, count)
+            owner = Divided(subject).segmentation.owner if self.wish.pipeline else ()
+            timed = microbatched(subject, assignment, mesh, count, owner)
             if isinstance(timed, Refusal):
                 self.refused = True
                 self.notes.update(
