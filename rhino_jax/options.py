@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from rhino_jax.errors import OptionsError, nearest, problems
 from rhino_jax.schedule.generate import LOOPED, SCHEDULES
@@ -13,6 +13,8 @@ from rhino_jax.schedule.generate import LOOPED, SCHEDULES
 LOWERINGS = ("manual", "auto")
 REMAT = ("", "none", "boundary")
 LEVELS = (1, 2)
+AUTO = "auto"
+"""Of ``pipeline_stages``: as many as are fastest."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Options:
             leaves it to the search (1 with a recipe).
         pipeline_stages: cut the step in this many pipeline stages, each on its share of
             the devices; ``mesh`` is then that of one share, or has a leading axis
-            "stage" (a ``jax.sharding.Mesh`` must). None is no pipeline.
+            "stage" (a ``jax.sharding.Mesh`` must). None is no pipeline, "auto" the
+            number (or none) that is predicted to be fastest.
         schedule: in what order stages run microbatches: "1f1b", "gpipe", "eager_1f1b",
             "zero_bubble"; "interleaved" and "circular" run several stages on each share
             of the devices: two, or as many as is said ("interleaved:3").
@@ -56,7 +59,7 @@ class Options:
     optimization_level: int = 1
     memory_limit_bytes: int | None = None
     microbatches: int | None = None
-    pipeline_stages: int | None = None
+    pipeline_stages: int | Literal["auto"] | None = None
     schedule: str = "1f1b"
     remat: str | None = None
     cache_dir: str | None = None
@@ -77,7 +80,10 @@ class Options:
             found.append(f"remat={self.remat!r}: did you mean {near[0]!r}?")
         for name in ("memory_limit_bytes", "microbatches", "pipeline_stages"):
             given = getattr(self, name)
-            if given is not None and not (isinstance(given, int) and given >= 1):
+            if (name, given) == ("pipeline_stages", AUTO):
+                if self.recipe:
+                    found.append("pipeline_stages='auto': with a recipe, say how many")
+            elif given is not None and not (isinstance(given, int) and given >= 1):
                 found.append(f"{name}={given!r}: a whole number of at least 1, or None")
         if not isinstance(self.pins, Mapping):
             found.append(f"pins must map tree paths to PartitionSpecs: {self.pins!r}")
@@ -103,6 +109,12 @@ class Options:
                 "lowering='auto' runs no pipeline: drop it, or drop pipeline_stages"
             ]
         return []
+
+    @property
+    def stages(self) -> int | None:
+        """How many pipeline stages are asked for; None where no number is."""
+        asked = self.pipeline_stages
+        return asked if isinstance(asked, int) else None
 
     @property
     def stages_per_worker(self) -> int:

@@ -16,6 +16,7 @@ from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.staging import (
     microbatches_of,
     predicted_of,
+    stage_counts,
     stages_of,
     workers_of,
 )
@@ -26,6 +27,7 @@ from rhino_jax.errors import (
     MeshError,
     OptionsError,
     PinError,
+    RhinoError,
     TraceError,
     problems,
 )
@@ -34,7 +36,7 @@ from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.spans import EVERY, numbers, spans
 from rhino_jax.lower.devices import abstract_mesh, as_mesh, check_count, device_mesh
-from rhino_jax.options import Options
+from rhino_jax.options import AUTO, Options
 from rhino_jax.plan import Plan, Predicted, Stages, make_plan
 from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.choose import default_meshes, plan_recipe
@@ -102,12 +104,12 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     _where(options)  # what is wrong with a mesh is said before anything is looked up
     cluster, folder = cluster_of(options), folder_of(options)
     if folder is None:
-        return _by_search(traced, options, cluster)
+        return _searched(traced, options, cluster)
     key = key_of(traced, cluster, options)
     kept = read_plan(folder, key)
     if kept is not None:
         return replace(bind(kept, traced, options), cluster=cluster)
-    found = _by_search(traced, options, cluster)
+    found = _searched(traced, options, cluster)
     write_plan(folder, key, found.plan)
     return found
 
@@ -126,15 +128,42 @@ def _check_lowering(traced: Traced, options: Options) -> None:
         )
 
 
+def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
+    """By a search; where the number of stages is left to it, by one for each."""
+    if options.pipeline_stages != AUTO:
+        return _by_search(traced, options, cluster)
+    found: list[tuple[float, Planned]] = []
+    said: list[str] = []
+    alone: RhinoError | None = None
+    for stages in (None, *stage_counts(cluster, options)):
+        name = f"{stages} stages" if stages else "no pipeline"
+        try:
+            one = _by_search(traced, replace(options, pipeline_stages=stages), cluster)
+        except (InfeasibleError, MeshError) as error:
+            alone = alone or error
+            said.append(f"{name} can not be")
+            continue
+        assert one.predicted is not None
+        seconds = one.predicted.step_seconds
+        said.append(f"{name} {seconds * 1e3:.2f} ms")
+        found.append((seconds, one))
+    if not found:
+        assert alone is not None
+        raise alone
+    _, best = min(found, key=lambda way: way[0])
+    note = f"pipelines compared by prediction: {', '.join(said)}"
+    return replace(best, plan=replace(best.plan, notes=(*best.plan.notes, note)))
+
+
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     subject = subject_of(traced)
     jax_mesh, mesh, _ = _where(options)
     limit = options.memory_limit_bytes or int(cluster.device.memory_bytes * MARGIN)
-    level, pipeline = options.optimization_level, options.pipeline_stages is not None
+    level, pipeline = options.optimization_level, options.stages is not None
     batches = options.microbatches or 0
     notes: tuple[str, ...] = ()
-    if options.pipeline_stages is not None:
-        check_stages(Divided(subject), options.pipeline_stages)
+    if options.stages is not None:
+        check_stages(Divided(subject), options.stages)
         batches, notes = microbatches_of(subject, options)
     workers = workers_of(options)
     share = part(cluster, workers)
@@ -210,8 +239,8 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     notes: tuple[str, ...] = ()
     owner: Sequence[int] = ()
     stages, divided = None, Divided(subject)
-    if options.pipeline_stages is not None:
-        check_stages(divided, options.pipeline_stages)
+    if options.stages is not None:
+        check_stages(divided, options.stages)
         batches, notes = microbatches_of(subject, options)
         owner = divided.segmentation.owner
     if batches > 1:
@@ -221,7 +250,7 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
                 problems(f"{batches} microbatches can not be:", timed.reasons)
             )
         assignment = timed[0]
-    if options.pipeline_stages is not None:
+    if options.stages is not None:
         share = part(cluster_of(options), workers_of(options))
         stages = stages_of(divided, assignment, mesh, share, options)
     return _planned(
@@ -361,7 +390,7 @@ def _where(
         jax_mesh, count, what = given, given.size, "the mesh"
     else:
         count, what = len(jax.devices()), f"this machine ({jax.devices()[0].platform})"
-    if stages is None and options.pipeline_stages is None:
+    if stages is None and options.stages is None:
         if mesh is not None and jax_mesh is None:
             check_count(mesh, count, what)
         return jax_mesh, mesh, count

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rhino_jax.api.pipelined import chunks_of, graph_of, schedule_of
 from rhino_jax.cluster.topology import Cluster, between_parts, part
 from rhino_jax.cost.stretches import op_seconds
-from rhino_jax.errors import InfeasibleError, OptionsError
+from rhino_jax.errors import InfeasibleError, MeshError, OptionsError
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.pipeline.flow import LOOP
@@ -23,6 +23,9 @@ from rhino_jax.search.staging import Divided, balanced, check_stages
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal, timing
 
+WORKERS = (2, 4, 8, 16)
+"""Into how many shares of devices a pipeline is tried to be divided."""
+
 
 def workers_of(options: Options) -> int:
     """Into how many shares the devices are divided; 1 where there is no pipeline.
@@ -30,7 +33,7 @@ def workers_of(options: Options) -> int:
     Raises:
         OptionsError: the stages can not be dealt to whole workers.
     """
-    stages, each = options.pipeline_stages, options.stages_per_worker
+    stages, each = options.stages, options.stages_per_worker
     if stages is None:
         return 1
     if stages % each:
@@ -40,6 +43,16 @@ def workers_of(options: Options) -> int:
             f"'{options.schedule.partition(':')[0]}:N' with another number"
         )
     return stages // each
+
+
+def stage_counts(cluster: Cluster, options: Options) -> Iterator[int]:
+    """The numbers of stages that "auto" compares: 2, 4, 8 and 16 shares of devices."""
+    for workers in WORKERS:
+        try:
+            part(cluster, workers)
+        except MeshError:
+            continue
+        yield workers * options.stages_per_worker
 
 
 def microbatches_of(subject: Subject, options: Options) -> tuple[int, tuple[str, ...]]:
@@ -72,10 +85,10 @@ def stages_of(
     Raises:
         InfeasibleError: there are more stages than segments.
     """
-    assert options.pipeline_stages is not None
-    check_stages(divided, options.pipeline_stages)
+    assert options.stages is not None
+    check_stages(divided, options.stages)
     spent = op_seconds(divided.subject.program, assignment, mesh, cluster, rule_of)
-    held = balanced(divided.seconds(spent), options.pipeline_stages)
+    held = balanced(divided.seconds(spent), options.stages)
     name = options.schedule.partition(":")[0]
     return Stages(tuple(map(spans, held)), name, workers_of(options))
 
