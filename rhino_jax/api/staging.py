@@ -16,6 +16,7 @@ from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.options import Options
 from rhino_jax.plan import Predicted, Stages
 from rhino_jax.report.stages import crossing
+from rhino_jax.report.text import bytes_text
 from rhino_jax.rules import rule_of
 from rhino_jax.schedule.simulate import simulate
 from rhino_jax.search.auto import Candidate
@@ -108,9 +109,9 @@ def predicted_of(
     if peak > limit_bytes:
         worker = graph.peaks.index(peak)
         raise InfeasibleError(
-            f"the stages of worker {worker} hold {peak / 2**30:.2f} GiB between their "
-            f"programs, {(peak - limit_bytes) / 2**30:.2f} GiB more than the "
-            f"{limit_bytes / 2**30:.2f} GiB of a device; use more stages, remat="
+            f"the stages of worker {worker} hold {bytes_text(peak)} on each device "
+            f"between their programs, {bytes_text(peak - limit_bytes)} more than the "
+            f"limit of {bytes_text(limit_bytes)}; use more stages, remat="
             "'boundary', or schedule='1f1b' with more microbatches"
         )
     share = part(cluster, stages.num_workers)
