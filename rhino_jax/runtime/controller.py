@@ -87,13 +87,15 @@ class Controller:
     """Carries out the tasks of a step, again and again.
 
     ``donated`` are positions of inputs that are gone after a call. ``watch`` is told of
-    every task once it is handed out.
+    every task once it is handed out; ``transfer`` lays arrays out anew, as
+    ``jax.device_put`` does.
     """
 
     graph: TaskGraph
     stages: StagePrograms
     donated: Collection[int] = ()
     watch: Callable[[Task], None] | None = None
+    transfer: Callable[[Any, Any], Any] = jax.device_put
     turns: dict[tuple[int, int], jax.Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,7 +153,7 @@ class Controller:
         # Never donated: JAX 0.10 ends the process over a donated array that goes to
         # other devices.
         sent = [held[s] for s in task.takes]
-        arrived = jax.device_put(sent, self.targets[number])
+        arrived = self.transfer(sent, self.targets[number])
         for slot, x in zip(task.gives, arrived, strict=True):
             held[slot] = x
 
