@@ -157,8 +157,8 @@ class Chain:
         both, sent = self.forward + self.backward, self.sent[None, :]
         match self.problem.schedule:
             case "1f1b":
-                # It is as far ahead as the way there and back is long, without
-                # what is sent on it.
+                # It is ahead by as many microbatches as there are stages on the way
+                # there and back: what is sent on that way is waited for.
                 return np.asarray(both + 2 * sent, np.int64)
             case "zero_bubble":
                 inputs = both - self.weight

@@ -29,10 +29,12 @@ __all__ = ["SegmentCost", "StageCuts", "StageProblem", "cut_stages"]
 NEVER = np.iinfo(np.int64).max // 4
 """Of what can not be: more than any sum, and two of them can still be added."""
 SEEDS = 4
-"""How many of the best estimates are simulated."""
+"""How many of the cuts with the best estimates are moved,"""
+NEARLY = 1.1
+"""if they are within this of the best."""
 NEAR = 4
-"""Stages so near to one another may move together."""
-MOST_MOVES = 64
+"""Stages so near to one another may move each its way."""
+MOST_MOVES = 32
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def cut_stages(problem: StageProblem) -> StageCuts:
             raise InfeasibleError(_short(problem, starts, chain.peak_bytes(starts)))
         found[starts] = chain.estimate(starts)
     seeds = sorted(found, key=lambda starts: (found[starts], starts))[:SEEDS]
-    starts, ticks = _climbed(chain, seeds)
+    near = [starts for starts in seeds if found[starts] <= NEARLY * found[seeds[0]]]
+    ticks, starts = min(_climbed(chain, starts) for starts in near)
     return StageCuts(
         starts, chain.estimate(starts) / PICO, ticks / PICO, chain.peak_bytes(starts)
     )
@@ -105,34 +108,37 @@ def _short(problem: StageProblem, starts: Starts, peaks: Sequence[int]) -> str:
 
 
 def _moved(starts: Starts, num_segments: int) -> list[Starts]:
-    """All cuts with one or two stages beginning one segment earlier or later."""
-    single = [(k, step) for k in range(1, len(starts)) for step in (-1, 1)]
-    double = [(a, b) for a, b in combinations(single, 2) if 0 < b[0] - a[0] <= NEAR]
-    found = []
-    for move in [*((one,) for one in single), *double]:
-        new = list(starts)
-        for k, step in move:
-            new[k] += step
-        if all(a < b for a, b in pairwise([*new, num_segments])):
-            found.append(tuple(new))
-    return found
+    """Cuts with a run of stages, or two near ones, beginning a segment off."""
+    steps = [(k, step) for k in range(1, len(starts)) for step in (-1, 1)]
+    moves = [{a: x, b: y} for (a, x), (b, y) in combinations(steps, 2) if b - a <= NEAR]
+    for first, step in steps:
+        for end in range(first + 1, len(starts) + 1):
+            moves.append(dict.fromkeys(range(first, end), step))
+    found = set()
+    for move in moves:
+        new = tuple(start + move.get(k, 0) for k, start in enumerate(starts))
+        if all(a < b for a, b in pairwise((*new, num_segments))):
+            found.add(new)
+    return sorted(found)
 
 
-def _climbed(chain: Chain, seeds: Sequence[Starts]) -> tuple[Starts, int]:
-    """The best seed, moved on for as long as that makes its makespan smaller."""
+def _climbed(chain: Chain, starts: Starts) -> tuple[int, Starts]:
+    """Cuts moved for as long as that makes their makespan smaller, and what that is."""
     limit, size = chain.problem.memory_limit_bytes, len(chain.problem.segments)
-    best, starts = min(zip(chain.makespans(seeds), seeds, strict=True))
+    best = chain.makespans([starts])[0]
     for _ in range(MOST_MOVES):
         cuts = _moved(starts, size)
-        for ticks, cut in sorted(zip(chain.makespans(cuts), cuts, strict=True)):
-            if ticks >= best:
-                return starts, best
-            if max(chain.peak_bytes(cut)) <= limit:
-                best, starts = ticks, cut
-                break
-        else:
+        better = [
+            (ticks, cut)
+            for ticks, cut in zip(chain.makespans(cuts), cuts, strict=True)
+            if ticks < best
+        ]
+        fitting = (c for c in sorted(better) if max(chain.peak_bytes(c[1])) <= limit)
+        moved = next(fitting, None)
+        if moved is None:
             break
-    return starts, best
+        best, starts = moved
+    return best, starts
 
 
 def _best(tables: Sequence[Array], joins: np.ufunc) -> tuple[int, Starts]:

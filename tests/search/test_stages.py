@@ -263,7 +263,12 @@ def test_many_equal_layers_are_cut_equally_and_at_once(schedule: str) -> None:
     layer = SegmentCost(0.001, 0.002, weight_seconds=0.001, saved_bytes=7)
     problem = StageProblem((layer,) * 96, (5,) * 95, 16, 64, schedule)
     assert len(set(supported(Chain(problem), 2**40))) <= 2
-    assert cut_stages(problem).starts == tuple(range(0, 96, 6))
+    found, equal = cut_stages(problem), tuple(range(0, 96, 6))
+    if schedule == "eager_1f1b":
+        # A longer first and a shorter last stage are faster by half a percent.
+        assert found.predicted_seconds < 79 * 6 * 0.003
+    else:
+        assert found.starts == equal
 
 
 def test_more_stages_than_segments_are_refused() -> None:
