@@ -99,8 +99,8 @@ class Chain:
         if self.schedule.num_stages > len(problem.segments):
             raise OptionsError(
                 f"{self.schedule.num_stages} stages ({p} workers, {v} each) need as "
-                f"many segments; there are {len(problem.segments)}. Ask for at most "
-                f"{len(problem.segments) // v} workers."
+                f"many segments or more; there are {len(problem.segments)}. Ask for "
+                f"{len(problem.segments)} stages at most."
             )
         one = makespan_seconds(
             problem.schedule, p, problem.num_microbatches, v, forward=1, backward=0

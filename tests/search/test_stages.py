@@ -273,7 +273,7 @@ def test_many_equal_layers_are_cut_equally_and_at_once(schedule: str) -> None:
 
 def test_more_stages_than_segments_are_refused() -> None:
     problem = StageProblem((SegmentCost(1.0, 1.0),) * 5, (1,) * 4, 3, 4, "circular", 2)
-    with pytest.raises(OptionsError, match=r"6 stages .* Ask for at most 2 workers"):
+    with pytest.raises(OptionsError, match=r"6 stages .* Ask for 5 stages at most"):
         cut_stages(problem)
     with pytest.raises(OptionsError, match="did you mean 1f1b"):
         cut_stages(replace(problem, schedule="1f1", stages_per_worker=1))
