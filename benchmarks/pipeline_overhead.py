@@ -1,7 +1,7 @@
 """What does the controller cost? One process, 2 stages on 4 simulated devices each.
 
-The share of a step's time that Python spends outside JAX (looking up slots, letting go),
-and how long the call takes to return while the devices still work.
+The share of a step's time that Python spends outside JAX (looking up slots, letting
+go), and how long the call takes to return while the devices still work.
 ``python -m benchmarks.pipeline_overhead --help``.
 """
 

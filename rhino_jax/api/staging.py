@@ -10,17 +10,18 @@ from rhino_jax.cost.stretches import op_seconds
 from rhino_jax.errors import InfeasibleError, OptionsError
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.pipeline.chunks import crossing
 from rhino_jax.ir.pipeline.flow import LOOP
 from rhino_jax.ir.spans import spans
 from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.options import Options
 from rhino_jax.plan import Predicted, Stages
-from rhino_jax.report.stages import crossing
 from rhino_jax.report.text import bytes_text
 from rhino_jax.rules import rule_of
 from rhino_jax.schedule.simulate import simulate
 from rhino_jax.search.auto import Candidate
-from rhino_jax.search.staging import Divided, balanced, check_stages
+from rhino_jax.search.stages import cut_stages
+from rhino_jax.search.staging import Divided, check_stages, problem_of, runs
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal, timing
 
@@ -67,18 +68,33 @@ def stages_of(
     mesh: Mesh,
     cluster: Cluster,
     options: Options,
+    limit_bytes: int,
 ) -> Stages:
     """Which stage runs which segments.
 
     Raises:
-        InfeasibleError: there are more stages than segments.
+        InfeasibleError: there are more stages than segments, or no cut fits in
+            ``limit_bytes`` of a device.
     """
     assert options.pipeline_stages is not None
     check_stages(divided, options.pipeline_stages)
-    spent = op_seconds(divided.subject.program, assignment, mesh, cluster, rule_of)
-    held = balanced(divided.seconds(spent), options.pipeline_stages)
+    workers = workers_of(options)
+    share = part(cluster, workers)
+    spent = op_seconds(divided.subject.program, assignment, mesh, share, rule_of)
     name = options.schedule.partition(":")[0]
-    return Stages(tuple(map(spans, held)), name, workers_of(options))
+    problem = problem_of(
+        divided,
+        assignment,
+        mesh,
+        spent,
+        name,
+        workers,
+        options.stages_per_worker,
+        between_parts(cluster),
+        limit_bytes,
+    )
+    held = runs(cut_stages(problem).starts, divided.count)
+    return Stages(tuple(map(spans, held)), name, workers)
 
 
 def predicted_of(

@@ -138,6 +138,10 @@ class Chunks:
         return ("forward", "backward", "weights")[key.place // self.num_stages]
 
 
+Edge = tuple[int, int]
+"""The stage that sends, and the one that reads."""
+
+
 def cut(
     flow: Flow,
     labels: Sequence[Label],
@@ -380,3 +384,21 @@ def _homes(
     for position, version in enumerate(inputs):
         successor = outputs[pairs[position]].source if position in pairs else None
         yield first.get(version, 0) if successor is None else successor.stage
+
+
+def crossing(
+    chunks: Chunks, inputs: Sequence[Version]
+) -> Iterator[tuple[Edge, int, Version]]:
+    """What one stage makes and another reads, and in which phase it is made."""
+    homes = dict(zip(inputs, chunks.homes, strict=True))
+    seen = set()
+    for chunk in chunks.chunks:
+        left = (one.read for one in chunk.leaves if one.how != TOTAL)
+        for read in (*chunk.reads, *left):
+            source = read.source
+            home = homes[read.version] if source is None else source.stage
+            name = (source, read.version, chunk.key.stage)
+            if home != chunk.key.stage and name not in seen:
+                seen.add(name)
+                phase = LOOP - 1 if source is None else source.phase
+                yield (home, chunk.key.stage), phase, read.version
