@@ -22,7 +22,7 @@ from rhino_jax.trace import Traced
 
 DEFAULT_FOLDER = Path("~/.cache/rhino_jax/plans")
 PACKAGE = Path(__file__).parents[1]
-PLANNING = ("ir", "rules", "cluster", "cost", "search", "plan.py")
+PLANNING = ("ir", "rules", "cluster", "cost", "search", "schedule", "plan.py")
 """Rooms whose sources decide what a plan is."""
 
 

@@ -25,12 +25,9 @@ from rhino_jax.runtime.build import task_graph
 from rhino_jax.runtime.controller import Controller, lowered
 from rhino_jax.runtime.tasks import TaskGraph
 from rhino_jax.schedule import Schedule, make_schedule
-from rhino_jax.search.staging import Divided
+from rhino_jax.search.staging import SPLIT, Divided
 from rhino_jax.verify.audit import Audit
 from rhino_jax.verify.facts import CompiledFacts
-
-SPLIT = "zero_bubble"
-"""The schedule whose backward halves are cut in two."""
 
 
 def schedule_of(stages: Stages, microbatches: int) -> Schedule:

@@ -158,7 +158,7 @@ def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     subject = subject_of(traced)
     jax_mesh, mesh, _ = _where(options)
-    limit = options.memory_limit_bytes or int(cluster.device.memory_bytes * MARGIN)
+    limit = _limit(options, cluster)
     level, pipeline = options.optimization_level, options.stages is not None
     batches = options.microbatches or 0
     notes: tuple[str, ...] = ()
@@ -187,7 +187,8 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     stages, predicted = None, _predicted(best, limit)
     if pipeline:
         divided = Divided(best.subject)
-        stages = stages_of(divided, best.assignment, best.mesh, share, options)
+        plan = best.assignment, best.mesh
+        stages = stages_of(divided, *plan, cluster, options, limit)
         predicted = predicted_of(best, stages, cluster, limit, traced.donated)
     planned = _planned(
         replace(traced, program=best.subject.program),
@@ -202,6 +203,11 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         notes=(*notes, *found.notes),
     )
     return replace(planned, cluster=cluster)
+
+
+def _limit(options: Options, cluster: Cluster) -> int:
+    """Bytes that a plan may be predicted to need on one device."""
+    return options.memory_limit_bytes or int(cluster.device.memory_bytes * MARGIN)
 
 
 def _predicted(best: Candidate, limit_bytes: int) -> Predicted:
@@ -251,8 +257,9 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
             )
         assignment = timed[0]
     if options.stages is not None:
-        share = part(cluster_of(options), workers_of(options))
-        stages = stages_of(divided, assignment, mesh, share, options)
+        cluster = cluster_of(options)
+        limit = _limit(options, cluster)
+        stages = stages_of(divided, assignment, mesh, cluster, options, limit)
     return _planned(
         traced,
         assignment,

@@ -10,16 +10,18 @@ from rhino_jax.cost.stretches import op_seconds
 from rhino_jax.errors import InfeasibleError, MeshError, OptionsError
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.pipeline.chunks import crossing
 from rhino_jax.ir.pipeline.flow import LOOP
 from rhino_jax.ir.spans import spans
 from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.options import Options
 from rhino_jax.plan import Predicted, Stages
-from rhino_jax.report.stages import crossing
+from rhino_jax.report.text import bytes_text
 from rhino_jax.rules import rule_of
 from rhino_jax.schedule.simulate import simulate
 from rhino_jax.search.auto import Candidate
-from rhino_jax.search.staging import Divided, balanced, check_stages
+from rhino_jax.search.stages import cut_stages
+from rhino_jax.search.staging import Divided, check_stages, problem_of, runs
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal, timing
 
@@ -79,18 +81,33 @@ def stages_of(
     mesh: Mesh,
     cluster: Cluster,
     options: Options,
+    limit_bytes: int,
 ) -> Stages:
     """Which stage runs which segments.
 
     Raises:
-        InfeasibleError: there are more stages than segments.
+        InfeasibleError: there are more stages than segments, or no cut fits in
+            ``limit_bytes`` of a device.
     """
     assert options.stages is not None
     check_stages(divided, options.stages)
-    spent = op_seconds(divided.subject.program, assignment, mesh, cluster, rule_of)
-    held = balanced(divided.seconds(spent), options.stages)
+    workers = workers_of(options)
+    share = part(cluster, workers)
+    spent = op_seconds(divided.subject.program, assignment, mesh, share, rule_of)
     name = options.schedule.partition(":")[0]
-    return Stages(tuple(map(spans, held)), name, workers_of(options))
+    problem = problem_of(
+        divided,
+        assignment,
+        mesh,
+        spent,
+        name,
+        workers,
+        options.stages_per_worker,
+        between_parts(cluster),
+        limit_bytes,
+    )
+    held = runs(cut_stages(problem).starts, divided.count)
+    return Stages(tuple(map(spans, held)), name, workers)
 
 
 def predicted_of(
@@ -121,9 +138,9 @@ def predicted_of(
     if peak > limit_bytes:
         worker = graph.peaks.index(peak)
         raise InfeasibleError(
-            f"the stages of worker {worker} hold {peak / 2**30:.2f} GiB between their "
-            f"programs, {(peak - limit_bytes) / 2**30:.2f} GiB more than the "
-            f"{limit_bytes / 2**30:.2f} GiB of a device; use more stages, remat="
+            f"the stages of worker {worker} hold {bytes_text(peak)} on each device "
+            f"between their programs, {bytes_text(peak - limit_bytes)} more than the "
+            f"limit of {bytes_text(limit_bytes)}; use more stages, remat="
             "'boundary', or schedule='1f1b' with more microbatches"
         )
     share = part(cluster, stages.num_workers)

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rhino_jax.ir.pipeline.chunks import Chunks
-from rhino_jax.ir.pipeline.flow import LOOP, TOTAL, Version
+from rhino_jax.ir.pipeline.chunks import Chunks, crossing
+from rhino_jax.ir.pipeline.flow import LOOP, Version
 from rhino_jax.plan import Stages
 from rhino_jax.report.text import bytes_text
-
-Edge = tuple[int, int]
-"""The stage that sends, and the one that reads."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +62,6 @@ def stage_rows(
         )
         for stage, segments in enumerate(stages.segments)
     )
-
-
-def crossing(
-    chunks: Chunks, inputs: Sequence[Version]
-) -> Iterator[tuple[Edge, int, Version]]:
-    """What one stage makes and another reads, and in which phase it is made."""
-    homes = dict(zip(inputs, chunks.homes, strict=True))
-    seen = set()
-    for chunk in chunks.chunks:
-        left = (one.read for one in chunk.leaves if one.how != TOTAL)
-        for read in (*chunk.reads, *left):
-            source = read.source
-            home = homes[read.version] if source is None else source.stage
-            name = (source, read.version, chunk.key.stage)
-            if home != chunk.key.stage and name not in seen:
-                seen.add(name)
-                phase = LOOP - 1 if source is None else source.phase
-                yield (home, chunk.key.stage), phase, read.version
 
 
 def stage_table(rows: Iterable[StageRow]) -> Iterator[tuple[str, ...]]:

@@ -17,6 +17,7 @@ from rhino_jax.schedule.simulate import Span, Timeline, Transfer
 from rhino_jax.schedule.tasks import Task
 
 Event = dict[str, Any]
+MICRO = 1e6
 
 RUNS = 0
 """The row of a worker's tasks; that of what it sends to worker w is w + 1."""
@@ -51,14 +52,33 @@ def trace_events(
     >>> [e["name"] for e in trace_events(run) if e["ph"] == "X" and e["pid"] == 1][:2]
     ['forward s1 m0', 'backward s1 m0']
     """
-    starts = {span.task: span for span in timeline.spans}
+    spans = {span.task: span for span in timeline.spans}
     events = [*_rows(timeline)]
     events += [_run(span) for span in timeline.spans]
     for number, transfer in enumerate(timeline.transfers):
-        events += _sent(transfer, number, starts)
+        events += _sent(transfer, number, spans)
     for worker in range(timeline.schedule.num_workers):
         events += _kept(timeline, worker, saved_bytes)
     return events
+
+
+def _event(phase: str, worker: int, name: str, **more: Any) -> Event:
+    return {"ph": phase, "pid": worker, "name": name, **more}
+
+
+def _slice(
+    worker: int, row: int, task: Task, kind: str, start: float, end: float
+) -> Event:
+    return _event(
+        "X",
+        worker,
+        f"{task.kind} s{task.stage} m{task.microbatch}",
+        cat=kind,
+        tid=row,
+        ts=start * MICRO,
+        dur=(end - start) * MICRO,
+        args={"stage": task.stage, "microbatch": task.microbatch},
+    )
 
 
 def _rows(timeline: Timeline) -> Iterator[Event]:
@@ -70,52 +90,33 @@ def _rows(timeline: Timeline) -> Iterator[Event]:
     }
     for worker in range(timeline.schedule.num_workers):
         own = [str(stage) for stage, w in enumerate(worker_of) if w == worker]
-        stages = f"stage{'s' if len(own) > 1 else ''} {', '.join(own)}"
-        for what, args in {
-            "process_name": {"name": f"worker {worker}: {stages}"},
-            "process_sort_index": {"sort_index": worker},
-        }.items():
-            yield {"ph": "M", "name": what, "pid": worker, "args": args}
+        name = f"worker {worker}: stage{'s' if len(own) > 1 else ''} {', '.join(own)}"
+        yield _event("M", worker, "process_name", args={"name": name})
+        yield _event("M", worker, "process_sort_index", args={"sort_index": worker})
         rows = {RUNS: "runs"}
         rows |= {to + 1: f"to worker {to}" for w, to in sorted(pairs) if w == worker}
         for row, name in rows.items():
-            yield {
-                **{"ph": "M", "name": "thread_name", "pid": worker, "tid": row},
-                "args": {"name": name},
-            }
-
-
-def _name(task: Task) -> str:
-    return f"{task.kind} s{task.stage} m{task.microbatch}"
-
-
-def _slice(name: str, kind: str, pid: int, tid: int, start: float, end: float) -> Event:
-    return {
-        **{"ph": "X", "name": name, "cat": kind, "pid": pid, "tid": tid},
-        **{"ts": start * 1e6, "dur": (end - start) * 1e6},
-    }
+            yield _event("M", worker, "thread_name", tid=row, args={"name": name})
 
 
 def _run(span: Span) -> Event:
-    task, times = span.task, (span.start_seconds, span.end_seconds)
-    event = _slice(_name(task), task.kind, span.worker, RUNS, *times)
-    return event | {"args": {"stage": task.stage, "microbatch": task.microbatch}}
+    times = span.start_seconds, span.end_seconds
+    return _slice(span.worker, RUNS, span.task, span.task.kind, *times)
 
 
-def _sent(transfer: Transfer, number: int, starts: dict[Task, Span]) -> Iterator[Event]:
+def _sent(transfer: Transfer, number: int, spans: dict[Task, Span]) -> Iterator[Event]:
     """What is sent, and an arrow from the task that made it to the one that reads it.
 
     The ends of an arrow belong to the slices around them: it leaves from a middle.
     """
-    source, reader = starts[transfer.source], starts[transfer.reader]
+    source, reader = spans[transfer.source], spans[transfer.reader]
     times = transfer.start_seconds, transfer.end_seconds
-    row = reader.worker + 1
-    yield _slice(_name(source.task), "transfer", source.worker, row, *times)
-    arrow = {"name": "read by", "cat": "transfer", "id": number, "tid": RUNS}
+    yield _slice(source.worker, reader.worker + 1, source.task, "transfer", *times)
+    arrow = {"cat": "transfer", "id": number, "tid": RUNS}
     middle = (source.start_seconds + source.end_seconds) / 2
-    yield {**arrow, "ph": "s", "pid": source.worker, "ts": middle * 1e6}
-    start = reader.start_seconds * 1e6
-    yield {**arrow, "ph": "f", "bp": "e", "pid": reader.worker, "ts": start}
+    yield _event("s", source.worker, "read by", ts=middle * MICRO, **arrow)
+    start = reader.start_seconds * MICRO
+    yield _event("f", reader.worker, "read by", ts=start, bp="e", **arrow)
 
 
 def _kept(
@@ -123,7 +124,4 @@ def _kept(
 ) -> Iterator[Event]:
     unit = "microbatches" if saved_bytes is None else "bytes"
     for seconds, level in timeline.held(worker, saved_bytes):
-        yield {
-            **{"ph": "C", "name": "kept", "pid": worker, "ts": seconds * 1e6},
-            "args": {unit: level},
-        }
+        yield _event("C", worker, "kept", ts=seconds * MICRO, args={unit: level})

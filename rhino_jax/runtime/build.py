@@ -148,7 +148,8 @@ class _Building:
         totals = tuple(self._total(key, leave) for leave in chunk.totals)
         if totals and key not in self.started:
             self.started.add(key)
-            self.tasks.append(Run(worker, key, (), totals, start=True))
+            name = self.chunks.name(key)
+            self.tasks.append(Run(worker, key, name, (), totals, start=True))
         named = [
             tuple(self.numbers[name, worker] for name in one)
             if isinstance(one, list)
@@ -169,6 +170,7 @@ class _Building:
             Run(
                 worker,
                 key,
+                self.chunks.name(key),
                 (*takes, *totals),
                 (*gives, *totals),
                 turn,

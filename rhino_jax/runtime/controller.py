@@ -7,7 +7,7 @@ is free when the last task that reads them has run.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from rhino_jax.ir.pipeline.chunks import Key
 from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.lower.program import SignatureChanged
-from rhino_jax.runtime.tasks import Run, Send, TaskGraph
+from rhino_jax.runtime.tasks import Run, Send, Task, TaskGraph
 
 Programs = Mapping[tuple[Key, bool], Any]
 """Chunk, and whether it is the start of its totals -> the jitted program."""
@@ -86,12 +86,16 @@ def _arguments(task: Run, held: Any) -> list[Any]:
 class Controller:
     """Carries out the tasks of a step, again and again.
 
-    ``donated`` are positions of inputs that are gone after a call.
+    ``donated`` are positions of inputs that are gone after a call. ``watch`` is told of
+    every task once it is handed out; ``transfer`` lays arrays out anew, as
+    ``jax.device_put`` does.
     """
 
     graph: TaskGraph
     stages: StagePrograms
     donated: Collection[int] = ()
+    watch: Callable[[Task], None] | None = None
+    transfer: Callable[[Any, Any], Any] = jax.device_put
     turns: dict[tuple[int, int], jax.Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,6 +108,7 @@ class Controller:
                 program.inputs, layouts, self.stages.chunks.homes, strict=True
             )
         )
+        self.given_away = {self.graph.inputs[i] for i in self.donated}
         self.shapes = tuple(program.values[v].shape for v in program.inputs)
         self.dtypes = tuple(program.values[v].dtype for v in program.inputs)
         self.targets = {
@@ -132,16 +137,25 @@ class Controller:
             if isinstance(task, Run):
                 self._run(task, held)
             elif isinstance(task, Send):
-                sent = [held[s] for s in task.takes]
-                arrived = jax.device_put(sent, self.targets[number])
-                for slot, x in zip(task.gives, arrived, strict=True):
-                    held[slot] = x
+                self._send(number, task, held)
             else:
                 for slot in task.takes:
+                    if slot in self.given_away and not held[slot].is_deleted():
+                        held[slot].delete()  # the caller holds it still
                     held[slot] = None
+            if self.watch is not None:
+                self.watch(task)
         outs = [held[slot] for slot in self.graph.outputs]
         self._delete(leaves, outs)
         return outs
+
+    def _send(self, number: int, task: Send, held: list[Any]) -> None:
+        # Never donated: JAX 0.10 ends the process over a donated array that goes to
+        # other devices.
+        sent = [held[s] for s in task.takes]
+        arrived = self.transfer(sent, self.targets[number])
+        for slot, x in zip(task.gives, arrived, strict=True):
+            held[slot] = x
 
     def _run(self, task: Run, held: list[Any]) -> None:
         args = _arguments(task, held)
@@ -169,7 +183,9 @@ class Controller:
         """An argument on the devices where it lives."""
         home = self.homes[position]
         if not isinstance(x, jax.Array):
-            x = np.asarray(x, self._dtype(position, x))
+            # A copy: on a CPU device_put keeps the memory of a NumPy array, which the
+            # caller may change before the step has run.
+            x = np.array(x, jax.dtypes.canonicalize_dtype(np.asarray(x).dtype))
         if x.shape != self.shapes[position] or str(x.dtype) != self.dtypes[position]:
             raise SignatureChanged
         if isinstance(x, jax.Array):
@@ -180,10 +196,6 @@ class Controller:
             if position in self.donated:
                 x = x.copy()  # device_put may keep the buffer, which will be given away
         return jax.device_put(x, home)
-
-    def _dtype(self, position: int, x: Any) -> Any:
-        """As JAX would take it: 64 bits are 32 where they are off."""
-        return jax.dtypes.canonicalize_dtype(np.asarray(x).dtype)
 
     def _delete(self, leaves: Sequence[Any], outs: Sequence[jax.Array]) -> None:
         """Donated arguments are gone, whether or not their memory could be used."""

@@ -41,6 +41,7 @@ class Run:
 
     worker: int
     key: Key
+    name: str
     takes: tuple[int | Slots, ...]
     gives: Slots
     microbatch: int | None = None
@@ -49,8 +50,8 @@ class Run:
 
     def __str__(self) -> str:
         part = "" if self.microbatch is None else f", microbatch {self.microbatch}"
-        what = "start of " if self.start else ""
-        return f"{what}{self.key} on worker {self.worker}{part}"
+        what = "the empty totals of " if self.start else ""
+        return f"{what}{self.name} on worker {self.worker}{part}"
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,7 @@ Task = Run | Send | Free
 
 @dataclass(frozen=True)
 class TaskGraph:
-    """All tasks of a step; ``inputs`` and ``outputs`` are the slots of its leaves.
-
-    An input that nobody reads, and that is no output, has no slot (-1).
-    """
+    """All tasks of a step; ``inputs`` and ``outputs`` are the slots of its leaves."""
 
     num_workers: int
     slots: tuple[Slot, ...]
@@ -100,11 +98,10 @@ class TaskGraph:
     def peaks(self) -> tuple[int, ...]:
         """The most bytes that each worker holds in slots, on each of its devices."""
         held = [0] * self.num_workers
-        for slot in self.inputs:
-            if slot >= 0:
-                held[self.slots[slot].worker] += self.slots[slot].num_bytes
-        most = list(held)
         there = set(self.inputs)
+        for slot in there:
+            held[self.slots[slot].worker] += self.slots[slot].num_bytes
+        most = list(held)
         for task in self.tasks:
             for slot in task.gives:
                 if slot not in there:
@@ -134,7 +131,7 @@ def flat(takes: Sequence[int | Slots]) -> Iterator[int]:
 def problems_of(graph: TaskGraph) -> list[str]:
     """Everything that keeps ``graph`` from running, and what it would never let go."""
     found = []
-    held = {slot for slot in graph.inputs if slot >= 0}
+    held = set(graph.inputs)
     for number, task in enumerate(graph.tasks):
         for slot in flat(task.takes):
             if slot not in held:

@@ -125,6 +125,16 @@ def _groups(num_microbatches: int, num_workers: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(starts)]
 
 
+def forward_only(schedule: Schedule) -> Schedule:
+    """``schedule`` without what goes backward: for evaluation.
+
+    >>> [len(tasks) for tasks in forward_only(gpipe(2, 3)).lists]
+    [3, 3]
+    """
+    lists = (tuple(t for t in ts if t.kind == FORWARD) for ts in schedule.lists)
+    return replace(schedule, lists=tuple(lists))
+
+
 def _breadth_first(num_microbatches: int, chunks: int) -> list[Turn]:
     """Every microbatch through one of the worker's stages, then through the next."""
     return [(c, j) for c in range(chunks) for j in range(num_microbatches)]

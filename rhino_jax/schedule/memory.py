@@ -11,7 +11,8 @@ def alive(tasks: Sequence[Task], saved_bytes: Sequence[int] | None = None) -> li
     """What one worker keeps once it has begun a forward, or ended a backward task.
 
     A forward task saves; the whole backward task, or its weight half, frees (the input
-    half frees nothing: what is saved is taken to be read by both halves).
+    half frees nothing: what is saved is taken to be read by both halves). Without a
+    backward task nothing is saved.
 
     Args:
         tasks: of one worker, in order.
@@ -22,10 +23,11 @@ def alive(tasks: Sequence[Task], saved_bytes: Sequence[int] | None = None) -> li
     [10, 20, 10, 0]
     """
     levels, level = [], 0
+    goes_back = {(t.stage, t.microbatch) for t in tasks if t.kind != FORWARD}
     for task in tasks:
         size = 1 if saved_bytes is None else saved_bytes[task.stage]
         if task.kind == FORWARD:
-            level += size
+            level += size if (task.stage, task.microbatch) in goes_back else 0
         elif task.kind != BACKWARD_INPUT:
             level -= size
         levels.append(level)

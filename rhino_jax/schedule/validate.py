@@ -19,8 +19,11 @@ from rhino_jax.schedule.tasks import (
     chain,
 )
 
-WAYS_BACK = ({BACKWARD: 1}, {BACKWARD_INPUT: 1, BACKWARD_WEIGHT: 1})
-"""What else a forward task must come with: one whole, or two halves."""
+WAYS_BACK: tuple[dict[str, int], ...] = (
+    {BACKWARD: 1},
+    {BACKWARD_INPUT: 1, BACKWARD_WEIGHT: 1},
+)
+"""What a forward task must come with, in a schedule that goes back at all."""
 
 
 def validate(
@@ -30,7 +33,8 @@ def validate(
 ) -> list[str]:
     """All that is wrong with ``schedule``; nothing where it is sound.
 
-    Sound: every task is there once and with its own worker, and if every worker runs
+    Sound: every task is there once and with its own worker (no backward tasks at all
+    are fine: that is evaluation), and if every worker runs
     its list in order, each task waiting for all it needs (see :class:`Needs`), all of
     them end.
 
@@ -81,6 +85,8 @@ def _misplaced(schedule: Schedule, edges: Sequence[Edge]) -> Iterator[str]:
 
 def _not_once(schedule: Schedule) -> Iterator[str]:
     counts = Counter(schedule.tasks)
+    trains = any(task.kind != FORWARD for task in counts)
+    allowed = WAYS_BACK if trains else ({},)
     for stage in range(schedule.num_stages):
         for microbatch in range(schedule.num_microbatches):
             times = {kind: counts[Task(kind, stage, microbatch)] for kind in KINDS}
@@ -88,7 +94,7 @@ def _not_once(schedule: Schedule) -> Iterator[str]:
             if (count := times.pop(FORWARD)) != 1:
                 yield f"forward {where} is run {count} times"
             there = {kind: count for kind, count in times.items() if count}
-            if there not in WAYS_BACK:
+            if there not in allowed:
                 runs = ", ".join(f"{k} {c} times" for k, c in there.items())
                 yield (
                     f"{where[3:]} goes back by {runs or 'nothing'}: it must by one "

@@ -1,8 +1,8 @@
 """Which stage runs which segments, and the chunks that a plan is cut in.
 
 Segments stand in an order that data flows in, so any division into runs of neighbours
-is a pipeline. By default the dearest stage is made as cheap as can be, by the predicted
-seconds of the segments' forward and backward halves.
+is a pipeline. What each would cost as a stage of its own is read off the plan, cut
+between all of them; :mod:`rhino_jax.search.stages` then chooses the runs.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
+from rhino_jax.cluster.topology import Link
 from rhino_jax.errors import InfeasibleError
 from rhino_jax.ir.analysis.cuts import cuts
 from rhino_jax.ir.analysis.regions import Regions, regions
 from rhino_jax.ir.analysis.segments import Segmentation, segments
 from rhino_jax.ir.assignment import Assignment
-from rhino_jax.ir.pipeline.chunks import Chunks, cut
-from rhino_jax.ir.pipeline.flow import flow
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.pipeline.chunks import Chunks, crossing, cut
+from rhino_jax.ir.pipeline.flow import LOOP, OP, Version, flow, version_bytes
 from rhino_jax.ir.pipeline.labels import labels
 from rhino_jax.rules import HEAVY, rule_of
+from rhino_jax.search.stage_costs import SegmentCost, StageProblem
 from rhino_jax.search.subject import Subject
+
+SPLIT = "zero_bubble"
+"""The schedule whose backward halves are cut in two."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,6 @@ class Divided:
     @property
     def count(self) -> int:
         return len(self.segmentation.segments)
-
-    def seconds(self, op_seconds: Mapping[int, float]) -> tuple[float, ...]:
-        """Of the forward and backward half of every segment."""
-        return tuple(
-            sum(op_seconds.get(i, 0.0) for i in (*one.forward, *one.backward))
-            for one in self.segmentation.segments
-        )
 
     def chunks(
         self, assignment: Assignment, stages: Sequence[Sequence[int]], split: bool
@@ -96,37 +95,74 @@ def check_stages(divided: Divided, num_stages: int) -> None:
     )
 
 
-def balanced(seconds: Sequence[float], num_stages: int) -> tuple[tuple[int, ...], ...]:
-    """Segments in runs, one a stage, so that the dearest run is as cheap as can be.
+def problem_of(
+    divided: Divided,
+    assignment: Assignment,
+    mesh: Mesh,
+    op_seconds: Mapping[int, float],
+    schedule: str,
+    num_workers: int,
+    stages_per_worker: int,
+    link: Link,
+    memory_limit_bytes: int,
+) -> StageProblem:
+    """What every segment costs as a stage of its own, and what crosses between them.
 
-    Exact, by dynamic programming; of equal divisions the one whose last run starts
-    first. At least as many segments as stages.
-
-    >>> balanced((1.0, 1.0, 1.0, 3.0), 2)
-    ((0, 1, 2), (3,))
+    Args:
+        mesh: of one worker; the bytes are those of one of its devices.
+        op_seconds: of a whole step, by op.
+        link: between neighbouring workers.
     """
-    count = len(seconds)
-    assert 1 <= num_stages <= count, (num_stages, count)
-    sums = [0.0]
-    for one in seconds:
-        sums.append(sums[-1] + one)
-    # best[n]: (the dearest of the runs that end at n, where the last one starts)
-    best: list[tuple[float, int]] = [(total, 0) for total in sums]
-    starts = []
-    for stage in range(2, num_stages + 1):
-        best = [
-            min(
-                (
-                    (max(best[at][0], sums[end] - sums[at]), at)
-                    for at in range(stage - 1, end)
-                ),
-                default=(float("inf"), 0),
+    count, loop = divided.count, assignment.loop
+    split = schedule == SPLIT
+    chunks = divided.chunks(assignment, [(i,) for i in range(count)], split)
+    inputs = tuple(zip(divided.subject.program.inputs, assignment.inputs, strict=True))
+    wide, program = assignment.over(mesh), divided.subject.program
+    microbatches = loop.trips if loop else 1
+
+    def size(version: Version) -> int:
+        return version_bytes(program, version, wide)
+
+    seconds = {kind: [0.0] * count for kind in ("forward", "backward", "weights")}
+    saved, held, cut_bytes = [0] * count, [0] * count, [0] * (count - 1)
+    for version, home in zip(inputs, chunks.homes, strict=True):
+        held[home] += size(version)
+    for chunk in chunks.chunks:
+        stage, side = chunk.key.stage, chunks.side(chunk.key)
+        held[stage] += sum(size(chunks.left_by(leave)) for leave in chunk.totals)
+        if side in seconds:
+            units = (chunks.flow.units[n] for n in chunk.units)
+            spent = sum(op_seconds.get(u.index, 0.0) for u in units if u.kind == OP)
+            seconds[side][stage] += spent / microbatches
+        if side == "backward":
+            ahead = chunks.key_of("forward", stage)
+            saved[stage] += sum(
+                size(r.version) for r in chunk.reads if r.source == ahead
             )
-            for end in range(count + 1)
-        ]
-        starts.append([at for _, at in best])
-    ends = [count]
-    for found in reversed(starts):
-        ends.append(found[ends[-1]])
-    edges = [0, *reversed(ends)]
-    return tuple(tuple(range(a, b)) for a, b in pairwise(edges))
+    for (source, reader), phase, version in crossing(chunks, inputs):
+        if phase == LOOP and reader == source + 1:
+            cut_bytes[source] += size(version)
+    backward = map(sum, zip(seconds["backward"], seconds["weights"], strict=True))
+    costs = zip(
+        seconds["forward"], backward, seconds["weights"], saved, held, strict=True
+    )
+    return StageProblem(
+        tuple(SegmentCost(*one) for one in costs),
+        tuple(cut_bytes),
+        num_workers,
+        microbatches,
+        schedule,
+        stages_per_worker,
+        link.latency_seconds,
+        1 / link.bytes_per_second,
+        memory_limit_bytes,
+    )
+
+
+def runs(starts: Sequence[int], count: int) -> tuple[tuple[int, ...], ...]:
+    """The segments of every stage, from the first of each.
+
+    >>> runs((0, 2), 5)
+    ((0, 1), (2, 3, 4))
+    """
+    return tuple(tuple(range(a, b)) for a, b in pairwise((*starts, count)))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from rhino_jax.ir.pipeline.flow import (
+    AFTER,
     BEFORE,
     FINAL,
     GIVEN,
@@ -122,11 +123,23 @@ class Chunks:
             if one.index == leave
         )
 
+    def name(self, key: Key) -> str:
+        """A chunk in words."""
+        what = self.side(key)
+        if key.phase != LOOP:
+            return f"what stage {key.stage} does {what} the loop (part {key.place})"
+        half = "weight half" if what == "weights" else f"{what} half"
+        return f"the {half} of stage {key.stage}"
+
     def side(self, key: Key) -> str:
         """ "before", "forward", "backward", "weights" or "after"."""
         if key.phase != LOOP:
             return "before" if key.phase == BEFORE else "after"
         return ("forward", "backward", "weights")[key.place // self.num_stages]
+
+
+Edge = tuple[int, int]
+"""The stage that sends, and the one that reads."""
 
 
 def cut(
@@ -149,6 +162,7 @@ def cut(
     """
     work = _Cutting(flow, labels, num_stages)
     work.place()
+    work.sink()
     if split:
         work.split()
     return replace(work.chunks(inputs, pairs), split=split)
@@ -214,6 +228,23 @@ class _Cutting:
 
     def _position(self, place: int) -> Key:
         return Key(LOOP, place, min(place, 2 * self.num_stages - 1 - place))
+
+    def sink(self) -> None:
+        """Run what follows the loop no sooner than its first reader on its stage needs
+        it: one program reads it where two would have handed it on."""
+        latest: dict[int, int] = {}
+        for number in reversed(range(len(self.flow.units))):
+            key = self.keys[number][0]
+            if len(self.keys[number]) == 1 and key.phase == AFTER:
+                key = replace(key, place=latest.get(number, key.place))
+                self.keys[number] = (key,)
+            for _, maker in self.flow.units[number].reads:
+                if maker == GIVEN or self.keys[maker][0].phase != AFTER:
+                    continue
+                stage = self.keys[maker][0].stage
+                for reader in self.keys[number]:
+                    place = reader.place - (reader.stage != stage)
+                    latest[maker] = min(latest.get(maker, place), place)
 
     def split(self) -> None:
         """Move what no other chunk of the loop reads to the weight halves."""
@@ -353,3 +384,21 @@ def _homes(
     for position, version in enumerate(inputs):
         successor = outputs[pairs[position]].source if position in pairs else None
         yield first.get(version, 0) if successor is None else successor.stage
+
+
+def crossing(
+    chunks: Chunks, inputs: Sequence[Version]
+) -> Iterator[tuple[Edge, int, Version]]:
+    """What one stage makes and another reads, and in which phase it is made."""
+    homes = dict(zip(inputs, chunks.homes, strict=True))
+    seen = set()
+    for chunk in chunks.chunks:
+        left = (one.read for one in chunk.leaves if one.how != TOTAL)
+        for read in (*chunk.reads, *left):
+            source = read.source
+            home = homes[read.version] if source is None else source.stage
+            name = (source, read.version, chunk.key.stage)
+            if home != chunk.key.stage and name not in seen:
+                seen.add(name)
+                phase = LOOP - 1 if source is None else source.phase
+                yield (home, chunk.key.stage), phase, read.version

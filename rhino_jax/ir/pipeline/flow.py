@@ -8,14 +8,15 @@ which unit made it; that is all that cutting it in stages has to respect.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rhino_jax.ir.assignment import Assignment, boundary, live_ops, phases
 from rhino_jax.ir.factors import Rule
 from rhino_jax.ir.layout import Layout
-from rhino_jax.ir.mesh import TIME
-from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.mesh import TIME, Mesh
+from rhino_jax.ir.program import Op, Program, itemsize
 from rhino_jax.ir.steps import Move
 
 RuleOf = Callable[[Program, Op], Rule]
@@ -54,6 +55,13 @@ class Flow:
 
     units: tuple[Unit, ...]
     outputs: tuple[tuple[Version, int], ...]
+
+
+def version_bytes(program: Program, version: Version, mesh: Mesh) -> int:
+    """Bytes of one device's part of a version, pads included."""
+    value = program.values[version[0]]
+    size = math.prod(version[1].local_shape(value.shape, mesh))
+    return math.ceil(size * itemsize(value.dtype))
 
 
 def leaving(move: Move) -> str:

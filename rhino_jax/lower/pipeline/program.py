@@ -24,7 +24,16 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.pipeline.chunks import Chunk, Chunks, Leaving
-from rhino_jax.ir.pipeline.flow import LAST, LEAVE, LOOP, OP, ROWS, TOTAL, Version
+from rhino_jax.ir.pipeline.flow import (
+    LAST,
+    LEAVE,
+    LOOP,
+    OP,
+    ROWS,
+    TOTAL,
+    Version,
+    version_bytes,
+)
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.steps import Move
 from rhino_jax.lower.accumulate import COMBINE, empty_total, gathered, operator_of
@@ -95,12 +104,7 @@ class StagePrograms:
 
     def num_bytes(self, version: Version) -> int:
         """Bytes of one device's part."""
-        value = self.program.values[version[0]]
-        shape = version[1].local_shape(value.shape, self.wide)
-        whole = value.num_bytes
-        for n, m in zip(shape, value.shape, strict=True):
-            whole = whole * n // max(m, 1)
-        return whole
+        return version_bytes(self.program, version, self.wide)
 
     @cached_property
     def wide(self) -> Mesh:
