@@ -32,6 +32,7 @@ BELOW_API = {
     "search": "errors options ir rules cost cluster plan",
     "lower": "errors options ir rules plan compat",
     "verify": "errors plan ir compat cluster cost",
+    "profiling": "errors ir cluster compat verify",
     "runtime": "errors options ir plan compat lower",
     "report": "errors plan ir cost search",
 }

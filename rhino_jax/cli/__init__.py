@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from rhino_jax.cli.demo import demo
+from rhino_jax.cli.profile import profile
 from rhino_jax.errors import RhinoError
 
 
@@ -24,3 +25,4 @@ def main() -> None:
 
 
 main.add_command(demo)
+main.add_command(profile)
