@@ -262,9 +262,9 @@ def _moving(grid: Grid, num_bytes: int) -> Iterator[Kernel]:
         yield scattered(grid.width, many, "float32")
 
 
-def others(grid: Grid, count: int = 12) -> tuple[Kernel, ...]:
+def others(grid: Grid, count: int = 12, seed: int = SEED) -> tuple[Kernel, ...]:
     """Kernels beside the grid's points, to tell how good a fit is: drawn by seed."""
-    rng = np.random.default_rng(SEED)
+    rng = np.random.default_rng(seed)
 
     def between(sizes: Sequence[int]) -> int:
         low, high = math.log(sizes[0]), math.log(sizes[-1])
