@@ -26,6 +26,9 @@ class Options:
             ``jax.sharding.Mesh``, or None for one chosen from the device count.
         cluster: plan for this hardware ("h100:2x8", "v5e:16x16x4slices", a YAML file
             of one's own) in place of the attached devices.
+        profile: what kernels and collectives take: a file that ``rhino profile`` wrote,
+            or "compile-only" (what the device's own compiler says). "" is what was
+            kept for the attached devices, else what comes with Rhino.
         recipe: one of the known expert plans ("zero3") in place of a search.
         optimization_level: 1 searches for seconds; 2 tries more meshes, more orders,
             more plans.
@@ -55,6 +58,7 @@ class Options:
 
     mesh: Any = None
     cluster: str = ""
+    profile: str = ""
     recipe: str = ""
     optimization_level: int = 1
     memory_limit_bytes: int | None = None
@@ -90,6 +94,8 @@ class Options:
         if not isinstance(self.cluster, str):
             found.append(f"cluster must be a string like 'h100:2x8': {self.cluster!r}")
         found += self._schedule_problems()
+        if not isinstance(self.profile, str):
+            found.append(f"profile must be a file's path: {self.profile!r}")
         if found:
             raise OptionsError(problems("options:", found))
 

@@ -35,6 +35,7 @@ BELOW_API = {
     "verify": "errors plan ir compat cluster cost",
     "runtime": "errors options ir plan compat lower schedule",
     "report": "errors plan ir cost search schedule",
+    "profiling": "errors ir cluster compat verify",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
     "api": {*BELOW_API},

@@ -42,6 +42,7 @@ class Config:
 
 SIZES = {
     "tiny": Config(vocab=128, hidden=64, heads=8, layers=2, seq=16, batch=16),
+    "small": Config(vocab=512, hidden=256, heads=8, layers=2, seq=128, batch=16),
     "medium": Config(vocab=8192, hidden=1024, heads=16, layers=4, seq=256, batch=32),
     "large": Config(vocab=51200, hidden=2048, heads=32, layers=24, seq=1024, batch=64),
     "7B": Config(vocab=51200, hidden=4096, heads=32, layers=32, seq=2048, batch=64),

@@ -13,6 +13,7 @@ from rhino_jax.api.attached import attached_cluster, more_memory
 from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
 from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
+from rhino_jax.api.profiles import kept_profile, profiled
 from rhino_jax.api.staging import (
     microbatches_of,
     predicted_of,
@@ -334,13 +335,18 @@ def rewritten(traced: Traced, remat: str, segments: str = EVERY) -> Traced:
 
 
 def cluster_of(options: Options) -> Cluster:
-    """What a plan is priced for: the described cluster, or the attached devices."""
+    """What a plan is priced for: the described cluster, or the attached devices; with
+    the profile that prices it."""
     if options.cluster:
-        return parse_cluster(options.cluster)
-    given = options.mesh
+        return profiled(parse_cluster(options.cluster), options.profile)
+    given, folder = options.mesh, folder_of(options)
+    devices = jax.devices()
     if isinstance(given, jax.sharding.Mesh):
-        return attached_cluster(list(given.devices.flat), folder_of(options))
-    return attached_cluster(jax.devices(), folder_of(options))
+        devices = list(given.devices.flat)
+    cluster = attached_cluster(devices, folder)
+    if options.profile:
+        return profiled(cluster, options.profile)
+    return kept_profile(cluster, devices, folder)
 
 
 def bind(plan: Plan, traced: Traced, options: Options) -> Planned:

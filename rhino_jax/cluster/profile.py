@@ -22,6 +22,7 @@ from rhino_jax.cluster.hardware import COLUMNS, GPUS, Device
 from rhino_jax.cluster.kernels import (
     ARITHMETIC,
     AXES,
+    CONVOLUTION,
     ELEMENTWISE,
     KINDS,
     PRODUCT,
@@ -75,6 +76,9 @@ class Profile:
     launch_seconds: float
     curves: tuple[Curve, ...]
     collectives: tuple[LinkFit, ...] = ()
+    figures: tuple[tuple[str, float], ...] = ()
+    """Peaks that shares are of, by field of Device, where the catalogue has no true
+    ones."""
 
     def __str__(self) -> str:
         return f"{self.made} ({self.machine}, {self.date})"
@@ -95,7 +99,8 @@ class Profile:
                 f"{cluster.device.name} ({cluster.device.kind}); make one there: "
                 "rhino profile"
             )
-        device = replace(cluster.device, kernels=self.kernels)
+        figures: dict[str, Any] = dict(self.figures)
+        device = replace(cluster.device, kernels=self.kernels, **figures)
         levels = tuple((self._link(link), size) for link, size in cluster.levels)
         return replace(cluster, device=device, levels=levels)
 
@@ -107,18 +112,26 @@ class Profile:
     # ---- JSON ------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """As text; the same bytes for the same profile."""
-        body = {
+        """As text, a line a curve; the same bytes for the same profile."""
+        body: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             **asdict(self),
             "made_with": dict(self.made_with),
+            "figures": dict(self.figures),
             "collectives": [
                 {"link": one.link, **asdict(one.fit), "error": one.error}
                 for one in self.collectives
             ],
         }
-        return json.dumps(body, indent=1)
+        long = {"curves": body.pop("curves"), "collectives": body.pop("collectives")}
+        lines = [
+            f" {json.dumps(key)}: {json.dumps(value)}" for key, value in body.items()
+        ]
+        for key, entries in long.items():
+            listed = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
+            lines.append(f" {json.dumps(key)}: [\n{listed}\n ]")
+        return "{\n" + ",\n".join(lines) + "\n}"
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; :meth:`load` takes it back."""
@@ -158,6 +171,7 @@ class Profile:
             float(data["launch_seconds"]),
             tuple(_curve(one) for one in data["curves"]),
             tuple(_link_fit(one) for one in data["collectives"]),
+            tuple((name, float(at)) for name, at in data["figures"].items()),
         )
 
 
@@ -168,15 +182,16 @@ def _curve(data: Mapping[str, Any]) -> Curve:
 
 
 def _link_fit(data: Mapping[str, Any]) -> LinkFit:
-    figures = (data["latency_seconds"], data["bytes_per_second"])
-    fit = Fit(data["kind"], data["count"], *map(float, figures))
+    points = tuple((float(sent), float(took)) for sent, took in data["points"])
+    fit = Fit(data["kind"], data["count"], points)
     return LinkFit(data["link"], fit, float(data["error"]))
 
 
 # ---- what can be wrong ---------------------------------------------------------------
 
 _TEXTS = ("device", "made", "machine", "date")
-_REST = ("made_with", "launch_seconds", "curves", "collectives")
+_REST = ("made_with", "launch_seconds", "curves", "collectives", "figures")
+PEAKS = (*(f"{name}_flops_per_second" for name in COLUMNS), "memory_bytes_per_second")
 
 
 def _faults(data: Any) -> Iterator[str]:
@@ -196,6 +211,13 @@ def _faults(data: Any) -> Iterator[str]:
         yield f"made: {data['made']!r}; did you mean {near[0]!r}?"
     if not isinstance(data.get("made_with", {}), Mapping):
         yield "made_with is no mapping"
+    figures = data.get("figures", {})
+    if not isinstance(figures, Mapping):
+        yield "figures is no mapping"
+        figures = {}
+    for name, at in figures.items():
+        if name not in PEAKS or not _is_share(at, 1.0, 1e18):
+            yield f"figures: {name!r}: {at!r}; peaks above 1: {', '.join(PEAKS)}"
     if "launch_seconds" in data and not _is_share(data["launch_seconds"], 0.0):
         yield f"launch_seconds {data['launch_seconds']!r}: from 0 up to 1"
     for key, faults in (("curves", _curve_faults), ("collectives", _fit_faults)):
@@ -209,7 +231,8 @@ def _faults(data: Any) -> Iterator[str]:
     curves = data.get("curves")
     if isinstance(curves, list) and all(isinstance(one, Mapping) for one in curves):
         kinds = [one.get("kind") for one in curves]
-        lacking = [kind for kind in (PRODUCT, ELEMENTWISE) if kind not in kinds]
+        needed = (PRODUCT, CONVOLUTION, ELEMENTWISE)
+        lacking = [kind for kind in needed if kind not in kinds]
         if lacking:
             yield f"no curve of {' and of '.join(lacking)}"
 
@@ -243,10 +266,20 @@ def _fit_faults(one: Mapping[str, Any]) -> Iterator[str]:
     count = one.get("count")
     if not isinstance(count, int) or isinstance(count, bool) or count < 2:
         yield f"count {count!r}: at least 2 devices"
-    if not _is_share(one.get("latency_seconds"), 0.0):
-        yield f"latency_seconds {one.get('latency_seconds')!r}: from 0 up to 1"
-    if not _is_share(one.get("bytes_per_second"), 1.0, 1e15):
-        yield f"bytes_per_second {one.get('bytes_per_second')!r}: from 1 up to 1e15"
+    points = one.get("points")
+    pairs = isinstance(points, list) and all(
+        isinstance(pair, list) and len(pair) == 2 for pair in points
+    )
+    if not pairs or not points:
+        yield f"points {points!r}: pairs of bytes and seconds"
+        return
+    if not _ascends([sent for sent, _ in points]):
+        yield "bytes of points above 0, ascending"
+    seconds = [took for _, took in points]
+    if not all(_is_share(took, 1e-12, 1e6) for took in seconds):
+        yield f"seconds of points above 0: {seconds!r}"
+    elif sorted(seconds) != seconds:
+        yield "more bytes take less: seconds must not fall"
     if not _is_share(one.get("error"), 0.0, math.inf):
         yield f"error {one.get('error')!r}"
 

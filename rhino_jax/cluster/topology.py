@@ -9,10 +9,9 @@ laid over them row-major too, so its last axis runs over neighbours.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
-
-import numpy as np
 
 from rhino_jax.cluster.hardware import TPU, Device
 from rhino_jax.errors import MeshError
@@ -26,13 +25,29 @@ MEMORY, CHIP, NVLINK, PCIE, NETWORK = "memory", "chip", "nvlink", "pcie", "netwo
 class Fit:
     """What one kind of collective takes among ``count`` devices over one link.
 
-    A line through what was measured or told: ``latency_seconds`` and bytes sent.
+    ``points`` are (bytes that a device sends, seconds), both ascending.
     """
 
     kind: str
     count: int
-    latency_seconds: float
-    bytes_per_second: float
+    points: tuple[tuple[float, float], ...]
+
+    def seconds(self, wire_bytes: float) -> float:
+        """Straight lines between the points; the last one's bandwidth goes on.
+
+        >>> fit = Fit("all-reduce", 2, ((100.0, 1.0), (200.0, 3.0)))
+        >>> [fit.seconds(num_bytes) for num_bytes in (1, 100, 150, 200, 400)]
+        [1.0, 1.0, 2.0, 3.0, 6.0]
+        """
+        place = bisect_left(self.points, (wire_bytes, 0.0))
+        if place == 0:
+            return self.points[0][1]
+        low_bytes, low = self.points[place - 1]
+        if place == len(self.points):
+            return low * max(wire_bytes / low_bytes, 1.0)
+        high_bytes, high = self.points[place]
+        part = (wire_bytes - low_bytes) / (high_bytes - low_bytes)
+        return low + part * (high - low)
 
 
 @dataclass(frozen=True)
@@ -77,15 +92,18 @@ class Link:
         Between counts that it knows, on a straight line over the logarithm of the
         count; beyond them, as the nearest.
         """
-        known = sorted(
-            (fit.count, fit.latency_seconds + wire_bytes / fit.bytes_per_second)
-            for fit in self.fits
-            if fit.kind == kind
-        )
+        known = [fit for fit in self.fits if fit.kind == kind]
         if not known:
             return None
-        places = [math.log2(at) for at, _ in known]
-        return float(np.interp(math.log2(count), places, [s for _, s in known]))
+        below = max((f for f in known if f.count <= count), default=None, key=_count)
+        above = min((f for f in known if f.count >= count), default=None, key=_count)
+        if below is None or above is None or below is above:
+            nearest = below or above
+            assert nearest is not None
+            return nearest.seconds(wire_bytes)
+        part = math.log(count / below.count) / math.log(above.count / below.count)
+        least, most = below.seconds(wire_bytes), above.seconds(wire_bytes)
+        return least + part * (most - least)
 
 
 @dataclass(frozen=True)
@@ -205,6 +223,10 @@ def crossing(cluster: Cluster, mesh: Mesh, axes: tuple[str, ...]) -> Crossing:
         if size > 1:
             found.append((_narrowed(link, digits, axes), size))
     return tuple(sorted(found, key=lambda entry: -entry[0].ring_bytes_per_second))
+
+
+def _count(fit: Fit) -> int:
+    return fit.count
 
 
 def slowest(crossed: Crossing) -> Link | None:

@@ -159,10 +159,12 @@ def test_levels_are_never_worse_than_one_flat_ring(
 
 
 def test_a_profile_takes_the_place_of_rings() -> None:
-    fits = (Fit(ALL_REDUCE, 2, 1.0, 10.0), Fit(ALL_REDUCE, 8, 3.0, 10.0))
+    fits = tuple(
+        Fit(ALL_REDUCE, n, ((10.0, n / 2), (1010.0, n / 2 + 100))) for n in (2, 8)
+    )
     told = link(100.0, 0.25, fits=fits)
-    assert collective_seconds(ALL_REDUCE, 100, ((told, 2),)) == SECONDS(11.0)
-    assert collective_seconds(ALL_REDUCE, 100, ((told, 4),)) == SECONDS(12.0)
+    assert collective_seconds(ALL_REDUCE, 100, ((told, 2),)) == SECONDS(10.0)
+    assert collective_seconds(ALL_REDUCE, 100, ((told, 4),)) == SECONDS(11.5)
     assert collective_seconds(ALL_REDUCE, 100, ((told, 64),)) == SECONDS(13.0)
     unknown = collective_seconds(ALL_GATHER, 100, ((told, 2),))
     assert unknown == collective_seconds(ALL_GATHER, 100, ((link(100.0, 0.25), 2),))

@@ -1,0 +1,208 @@
+"""Predicted seconds against the compilers' own, with no device.
+
+With the compile-only profiles that come with Rhino: kernels beside the grid the
+profile was made of, drawn by another seed; whole train steps of the zoo on one device
+(the sum of the compiler's prices, loops multiplied out); collectives of the zoo's plans
+on eight and sixteen GPUs. Compiled facts are cached, results kept in a file, rows
+already there not made again. ``python -m benchmarks.prediction_compile --help``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import rhino_jax as rhino
+from benchmarks.models import NAMES, build
+from rhino_jax.api.profiles import profiled
+from rhino_jax.cluster.hardware import CATALOGUE, column
+from rhino_jax.cluster.kernels import ARITHMETIC
+from rhino_jax.cluster.links import TORUS_DIMENSIONS
+from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cluster.profile import COMPILE_ONLY, SHIPPED, shipped
+from rhino_jax.cluster.topology import Cluster, linked
+from rhino_jax.cost.model import Prediction, predict
+from rhino_jax.errors import OptionsError
+from rhino_jax.profiling.compiled import (
+    clock_of,
+    has_table,
+    kernel_seconds,
+    options_of,
+    priced,
+)
+from rhino_jax.profiling.fit import share_of
+from rhino_jax.profiling.grid import GRIDS, others
+from rhino_jax.rules import rule_of
+from rhino_jax.verify.compile_only import compile_for
+from rhino_jax.verify.targets import parse_target
+
+GOAL_COMPUTE, GOAL_COMM = 0.15, 0.20
+SEED = 77
+GPU_MESHES = {"1x8": {"data": 2, "tensor": 4}, "2x8": {"data": 2, "tensor": 8}}
+RECIPES = ("data_parallel", "zero3", "megatron")
+UNPRICED = ("reduce-scatter", "all-to-all")
+"""XLA for GPUs prices all other collectives."""
+
+
+def kernels_row(name: str) -> dict[str, Any]:
+    """Kernels beside the grid: relative errors of predicted seconds, by kind."""
+    device = CATALOGUE[name]
+    profile = shipped(name, COMPILE_ONLY)
+    assert profile is not None, name
+    told = {curve.kind for curve in profile.curves if curve.axes}
+    drawn = others(GRIDS[device.platform], seed=SEED)
+    wanted = [one for one in drawn if one.curve in told]
+    errors = defaultdict(list)
+    for kernel, seconds in zip(wanted, kernel_seconds(wanted, name), strict=True):
+        if seconds:
+            size = tuple(map(float, kernel.size))
+            dtype = column(kernel.dtype) if kernel.curve in ARITHMETIC else ""
+            share = profile.kernels.share(kernel.curve, dtype, size)
+            ratio = share_of(kernel, seconds, device) / share
+            errors[kernel.curve].append(ratio - 1)
+    return {"errors": errors}
+
+
+def predicted(
+    model: str, cluster: Cluster, text: str, size: str, depth: int, **how: Any
+) -> tuple[Any, Prediction]:
+    """A recipe's plan, and its price on ``cluster``."""
+    made = build(model, size=size, dtype="bfloat16", depth=depth)
+    planned = rhino.plan(
+        made.train_step,
+        made.state_shapes,
+        made.batch_shapes,
+        cluster=text,
+        cache_dir="",
+        **how,
+    )
+    plan, traced = planned.plan, planned.traced
+    mesh = linked(cluster, plan.mesh)
+    donated = traced.donated
+    found = predict(traced.program, plan.assignment, mesh, cluster, rule_of, donated)
+    return planned, found
+
+
+def program_row(name: str, model: str, size: str, depth: int) -> dict[str, Any]:
+    """A whole step on one device: predicted compute, and the compiler's prices."""
+    text = f"{name}:" + "x".join("1" * TORUS_DIMENSIONS.get(name, 2))
+    cluster = profiled(parse_cluster(text), COMPILE_ONLY)
+    recipe = {"recipe": "data_parallel"}
+    planned, found = predicted(model, cluster, text, size, depth, **recipe)
+    target = parse_target(text)
+    facts = compile_for(planned.lower(), target, options=options_of(target))
+    if not facts.ok:
+        return {"outcome": f"{facts.outcome}: {facts.message[:300]}"}
+    prices = priced(facts.hlo, clock_of(target))
+    return {
+        "outcome": "ok",
+        "predicted": found.compute_seconds,
+        "compiler": sum(one.seconds for one in prices if not one.is_collective),
+        "convolved": "conv_general_dilated" in str(planned.traced.program.ops),
+    }
+
+
+def comm_row(name: str, shape: str, model: str, recipe: str) -> dict[str, Any]:
+    """Collectives of a plan on several GPUs, those that the compiler prices."""
+    text = f"{name}:{shape}"
+    cluster = profiled(parse_cluster(text), COMPILE_ONLY)
+    how = {"recipe": recipe, "mesh": GPU_MESHES[shape]}
+    try:
+        planned, found = predicted(model, cluster, text, "medium", 2, **how)
+    except OptionsError as error:
+        return {"outcome": f"does not apply: {error}"[:200]}
+    target = parse_target(text)
+    facts = compile_for(planned.lower(), target, options=options_of(target))
+    if not facts.ok:
+        return {"outcome": f"{facts.outcome}: {facts.message[:300]}"}
+    told = [one for one in priced(facts.hlo) if one.is_collective]
+    ours = [one for one in found.collectives if one.kind not in UNPRICED]
+    return {
+        "outcome": "ok",
+        "predicted": sum(one.total_seconds for one in ours),
+        "compiler": sum(one.seconds for one in told),
+        "counts": [sum(one.count for one in ours), len(told)],
+    }
+
+
+def error_of(row: dict[str, Any]) -> float | None:
+    """By how much a prediction is off; None where the compiler told nothing."""
+    if row.get("outcome") != "ok" or not row["compiler"]:
+        return None
+    return abs(row["predicted"] / row["compiler"] - 1)
+
+
+def show(rows: dict[str, Any]) -> bool:
+    """Print medians by device; whether all goals are met."""
+    errors: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for key, row in rows.items():
+        what, name, *_ = key.split("|")
+        if what == "kernels":
+            for kind, found in row["errors"].items():
+                errors[name, f"kernels: {kind}"] += map(abs, found)
+                errors[name, "kernels"] += map(abs, found)
+        elif (error := error_of(row)) is not None:
+            errors[name, what] += [error]
+            if what == "program":
+                share = row["predicted"] / row["compiler"]
+                click.echo(f"{key}: predicted / compiler {share:.2f}")
+    table = Table()
+    for heading in ("device", "of", "cases", "median error", "goal"):
+        table.add_column(heading)
+    good = True
+    for (name, what), found in sorted(errors.items()):
+        goal = GOAL_COMM if what == "comm" else GOAL_COMPUTE
+        median = statistics.median(found)
+        judged = ":" not in what
+        good &= not judged or median <= goal
+        table.add_row(
+            name, what, str(len(found)), f"{median:.1%}", f"{goal:.0%}" * judged
+        )
+    Console().print(table)
+    return good
+
+
+@click.command()
+@click.option("--devices", default=",".join(SHIPPED), show_default=True)
+@click.option("--models", default=",".join(NAMES), show_default=True)
+@click.option("--size", default="medium", show_default=True)
+@click.option("--depth", default=2, show_default=True)
+@click.option("--parts", default="kernels,program,comm", show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="prediction_compile.json"
+)
+def main(
+    devices: str, models: str, size: str, depth: int, parts: str, out: Path
+) -> None:
+    """Print median errors by device; exit 1 where a goal is missed."""
+    rows: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+
+    def keep(key: str, make: Any, *args: Any) -> None:
+        if key not in rows:
+            rows[key] = make(*args)
+            click.echo(f"{key}: {rows[key].get('outcome', '')}", err=True)
+            out.write_text(json.dumps(rows, indent=1))
+
+    for name in devices.split(","):
+        if "kernels" in parts:
+            keep(f"kernels|{name}", kernels_row, name)
+        for model in models.split(","):
+            if "program" in parts:
+                key = f"program|{name}|{model}"
+                keep(key, program_row, name, model, size, depth)
+            for recipe in RECIPES if "comm" in parts and has_table(name) else ():
+                for shape in GPU_MESHES:
+                    key = f"comm|{name}|{shape}|{model}|{recipe}"
+                    keep(key, comm_row, name, shape, model, recipe)
+    raise SystemExit(0 if show(rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
