@@ -144,8 +144,9 @@ def initialize(**given: Any) -> None:
             f"initialize: the launcher's environment is half set: {error} Give "
             f"initialize() {', '.join(BY_HAND)}, or start with `rhino launch`."
         ) from error
-    key = f"{_HOST_KEY}/{compat.process_id()}"
-    compat.key_values().key_value_set(key, socket.gethostname())
+    store = compat.key_values()
+    assert store is not None
+    store.set(f"{_HOST_KEY}/{compat.process_id()}", socket.gethostname().encode())
 
 
 def hosts(ranks: Sequence[int]) -> dict[int, str]:
@@ -154,8 +155,9 @@ def hosts(ranks: Sequence[int]) -> dict[int, str]:
     A process that did not call :func:`initialize` counts as a machine of its own.
     """
     store = compat.key_values()
-    said = dict(store.key_value_dir_get(_HOST_KEY)) if store else {}
-    return {r: said.get(f"{_HOST_KEY}/{r}", f"process {r}") for r in ranks}
+    said = store.under(_HOST_KEY) if store else {}
+    alone = {rank: f"process {rank}".encode() for rank in ranks}
+    return {r: said.get(f"{_HOST_KEY}/{r}", alone[r]).decode() for r in ranks}
 
 
 def check_free(address: str) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import pytest
 
+from rhino_jax.compat import KeyValues
 from rhino_jax.errors import InfeasibleError, ProcessError
 from rhino_jax.runtime import publish
 from rhino_jax.runtime.publish import Group, agreed
@@ -18,34 +18,29 @@ from rhino_jax.runtime.publish import Group, agreed
 MEND = "Start them alike."
 
 
-class Store:
-    """A key-value store in memory with the client's methods that are used."""
+class Store(KeyValues):
+    """The store, in memory."""
+
+    changed: threading.Condition
 
     def __init__(self) -> None:
-        self.values: dict[str, bytes] = {}
-        self.counts: dict[str, int] = {}
-        self.changed = threading.Condition()
+        super().__init__({})
+        object.__setattr__(self, "changed", threading.Condition())
 
-    def key_value_set_bytes(
-        self, key: str, value: bytes, allow_overwrite: bool = False
-    ) -> None:
+    def set(self, key: str, value: bytes) -> None:
         with self.changed:
-            self.values[key] = value
+            self.client[key] = value
             self.changed.notify_all()
 
-    def blocking_key_value_get_bytes(self, key: str, timeout_in_ms: int) -> bytes:
+    def get(self, key: str, seconds: float) -> bytes | None:
         with self.changed:
-            found = self.changed.wait_for(
-                lambda: key in self.values, timeout_in_ms / 1000
-            )
-            if not found:
-                raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {key}")
-            return self.values[key]
+            self.changed.wait_for(lambda: key in self.client, seconds)
+            return self.client.get(key)
 
-    def key_value_increment(self, key: str, increment: int) -> int:
+    def count(self, key: str) -> int:
         with self.changed:
-            self.counts[key] = self.counts.get(key, 0) + increment
-            return self.counts[key]
+            self.client[key] = self.client.get(key, 0) + 1
+            return int(self.client[key])
 
 
 @pytest.fixture(autouse=True)
