@@ -113,6 +113,16 @@ def literal(value: Any, dtype: str, weak: bool) -> Any:
     return lax_internal._convert_element_type(array, array.dtype, weak_type=weak)
 
 
+def as_weak(x: jax.Array) -> jax.Array:
+    """``x`` with a weak type, as JAX gives what came of a Python number.
+
+    >>> as_weak(jax.numpy.ones(3)).weak_type
+    True
+    """
+    found: jax.Array = lax_internal._convert_element_type(x, x.dtype, weak_type=True)
+    return found
+
+
 def scan_counts(params: Any) -> tuple[int, int]:
     """How many constants and carried values a scan has (jax 0.11 packs them)."""
     if "num_consts" in params:

@@ -121,10 +121,11 @@ def agreed(
 
 
 def _wait_for_readers(group: Group, place: str) -> None:
-    """Give the others the time to read why there is no answer."""
+    """Give those who have come the time to read why there is no answer."""
     until = time.monotonic() + READING_SECONDS
     for rank in group.ranks[1:]:
-        _get(group.store, f"{place}/read/{rank}", until)
+        if _get(group.store, f"{place}/facts/{rank}", 0.0) is not None:
+            _get(group.store, f"{place}/read/{rank}", until)
     time.sleep(TELLING_SECONDS)
 
 
