@@ -109,21 +109,7 @@ def _fetched(x: Any) -> Any:
 
 
 def global_shapes(batch: Any) -> Any:
-    """The shapes of the global batch that every process brings equal rows of.
-
-    Plan with them: ``train_step.init(init_fn, rng, rhino.global_shapes(batch))``, then
-    ``train_step.shard_batch(batch)`` takes the rows of each process. Every process must
-    call it. On one process they are the batch's own shapes.
-
-    Args:
-        batch: this process's rows; every array's first dimension are rows.
-
-    Raises:
-        ProcessError: processes bring other trees, shapes or dtypes (which, by process).
-
-    >>> global_shapes({"x": np.zeros((4, 2), np.float32)})
-    {'x': ShapeDtypeStruct(shape=(4, 2), dtype=float32)}
-    """
+    """See :func:`rhino_jax.global_shapes`."""
     group = None if compat.key_values() is None else group_of(jax.devices())
     count = len(group.ranks) if group else 1
     if group is not None:

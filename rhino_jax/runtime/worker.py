@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 
-from rhino_jax.runtime.job import initialize
+from rhino_jax.runtime.joining import initialize
 from rhino_jax.runtime.status import began
 
 _PR_SET_PDEATHSIG = 1

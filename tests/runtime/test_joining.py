@@ -9,7 +9,8 @@ import pytest
 
 import rhino_jax as rhino
 from rhino_jax.errors import ProcessError
-from rhino_jax.runtime.job import Job, check_free, free_port, job_of
+from rhino_jax.runtime.job import Job, job_of
+from rhino_jax.runtime.joining import check_free, free_port
 
 JOB = Job("127.0.0.1:4000", 4, 2, Path("/tmp/there"))
 
