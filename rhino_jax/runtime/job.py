@@ -84,3 +84,10 @@ def job_of(environment: Mapping[str, str]) -> Job | None:
 def this_job() -> Job | None:
     """The job of this process; None where ``rhino launch`` did not start it."""
     return job_of(os.environ)
+
+
+def forget_environment() -> None:
+    """Make what this process starts no worker of the job; the job itself is known."""
+    this_job()
+    for name in VARIABLES.values():
+        os.environ.pop(name, None)

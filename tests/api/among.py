@@ -6,6 +6,7 @@ Every check is made in every process; the first writes what the test goes on wit
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def check(options: dict[str, Any], expected: tuple[list[float], Any]) -> Any:
 
 def main(folder: Path) -> None:
     rhino.initialize()  # a second time: nothing happens
+    assert not any(name.startswith("RHINO_") for name in os.environ)
     expected = undecorated()
     for name, options in PLANS.items():
         step, state = check(options, expected)
