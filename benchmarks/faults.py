@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,14 +107,19 @@ def uninterrupted(folder: Path, processes: int) -> tuple[list[float], float]:
 
 
 def killed(
-    folder: Path, processes: int, rank: int, moment: float
+    folder: Path, processes: int, rank: int, when: Callable[[float], bool]
 ) -> tuple[int, float, str, bool] | None:
-    """Kill ``rank`` after ``moment`` seconds: exit code, seconds, last line, named.
+    """Kill ``rank`` at a moment: exit code, seconds to the end, last line, named.
 
     None where the run ended before.
+
+    Args:
+        when: whether the moment has come, so many seconds after the start.
     """
     job = start(folder, processes)
-    time.sleep(moment)
+    began = time.perf_counter()
+    while not when(time.perf_counter() - began) and job.poll() is None:
+        time.sleep(0.01)
     pid = worker_pid(job.pid, rank)
     if pid is None:
         job.communicate(timeout=MOST_SECONDS)
@@ -136,7 +142,7 @@ def trial(
     expected: list[float],
 ) -> Trial | None:
     """Kill, start again, compare; None where the run ended before the kill."""
-    found = killed(folder, processes, rank, moment)
+    found = killed(folder, processes, rank, lambda seconds: seconds > moment)
     if found is None:
         return None
     code, seconds, last, named = found

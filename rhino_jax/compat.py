@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,16 @@ def without_references(closed: Any) -> Any:
     inside = any(isinstance(e, core.InternalMutableArrayEffect) for e in closed.effects)
     outside = any(isinstance(e, RefEffect) for e in closed.effects)
     return discharge_state(closed) if inside and not outside else closed
+
+
+def as_weak(x: jax.Array) -> jax.Array:
+    """``x`` with a weak type, as JAX gives what came of a Python number.
+
+    >>> as_weak(jax.numpy.ones(3)).weak_type
+    True
+    """
+    found: jax.Array = lax_internal._convert_element_type(x, x.dtype, weak_type=True)
+    return found
 
 
 def scan_counts(params: Any) -> tuple[int, int]:
@@ -288,10 +299,41 @@ def threefry_partitionable(eqn: Any) -> bool:
 # ---- several processes (runtime/) -------------------------------------------------
 
 
-def key_values() -> Any:
-    """The client of the key-value store of ``jax.distributed``; None where it is not
-    started."""
-    return _distributed.global_state.client
+@dataclass(frozen=True)
+class KeyValues:
+    """The key-value store that the processes of ``jax.distributed`` share.
+
+    It lives in process 0, and goes with it.
+    """
+
+    client: Any
+
+    def set(self, key: str, value: bytes) -> None:
+        self.client.key_value_set_bytes(key, value, allow_overwrite=True)
+
+    def get(self, key: str, seconds: float) -> bytes | None:
+        """The value, waited for; None where it does not come in time."""
+        try:
+            found = self.client.blocking_key_value_get_bytes(key, int(seconds * 1000))
+            return bytes(found)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                return None
+            raise
+
+    def count(self, key: str) -> int:
+        """How often this was asked for this key."""
+        return int(self.client.key_value_increment(key, 1))
+
+    def under(self, folder: str) -> dict[str, bytes]:
+        """All that is kept under "folder/", by its whole key."""
+        return dict(self.client.key_value_dir_get_bytes(folder))
+
+
+def key_values() -> KeyValues | None:
+    """The store of this run; None where ``jax.distributed`` is not started."""
+    client = _distributed.global_state.client
+    return None if client is None else KeyValues(client)
 
 
 def process_id() -> int:

@@ -48,7 +48,8 @@ WITHOUT_JAX = set(
 JAX = {"jax", "jaxlib", "flax", "optax"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 READS_ENVIRONMENT = {
-    *("cli.py", "cli/launch.py", "compat.py", "runtime/job.py"),
+    *("cli.py", "cli/launch.py", "compat.py"),
+    *("runtime/job.py", "runtime/joining.py"),
     *("verify/child.py", "verify/compile_only.py"),
 }
 NO_FAMILY = {

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any, overload
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from rhino_jax.api.across import global_shapes
 from rhino_jax.api.function import ParallelFunction
 from rhino_jax.errors import OptionsError, TraceError
 from rhino_jax.options import Options, make_options
 from rhino_jax.plan import Plan
-from rhino_jax.runtime.job import initialize
 
 # Loaded when the first step is planned: importing rhino_jax must cost little.
 if TYPE_CHECKING:
@@ -129,6 +127,48 @@ def follow(
 def name(x: jax.Array, label: str) -> jax.Array:
     """``x`` itself, under a name that pins can mean."""
     return checkpoint_name(x, label)
+
+
+def initialize(**given: Any) -> None:
+    """Join the other processes of this run, if there are any, before JAX is used.
+
+    Under ``rhino launch``, Slurm, Open MPI, Kubernetes and on TPU pods the others are
+    found; elsewhere ``given`` names them, as for ``jax.distributed.initialize``
+    (``coordinator_address``, ``num_processes``, ``process_id``). Where there are none
+    nothing happens, nor a second time. A process that is silent for 10 seconds ends the
+    run (``heartbeat_timeout_seconds``; JAX alone waits 100).
+
+    Raises:
+        ProcessError: the launcher's environment, or ``given``, is half set; the
+            coordinator's port is in use.
+
+    >>> initialize()
+    """
+    from rhino_jax.runtime import joining
+
+    joining.initialize(**given)
+
+
+def global_shapes(batch: Any) -> Any:
+    """The shapes of the global batch that every process brings equal rows of.
+
+    Plan with them: ``train_step.init(init_fn, rng, rhino.global_shapes(batch))``, then
+    ``train_step.shard_batch(batch)`` takes the rows of each process. Every process must
+    call it. On one process they are the batch's own shapes.
+
+    Args:
+        batch: this process's rows; every array's first dimension are rows.
+
+    Raises:
+        ProcessError: processes bring other trees, shapes or dtypes (which, by process).
+
+    >>> import numpy as np
+    >>> global_shapes({"x": np.zeros((4, 2), np.float32)})
+    {'x': ShapeDtypeStruct(shape=(4, 2), dtype=float32)}
+    """
+    from rhino_jax.api import across
+
+    return across.global_shapes(batch)
 
 
 def saved_steps(folder: str | Path) -> tuple[int, ...]:

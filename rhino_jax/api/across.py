@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 def from_whole(x: Any, where: Sharding) -> jax.Array:
     """A global array laid as ``where`` says; every process holds ``x`` whole."""
-    if _is_key(x):
+    if is_key(x):
         data = from_whole(_host(x), where)
         wrap = partial(jax.random.wrap_key_data, impl=jax.random.key_impl(x))
         return jax.jit(wrap, out_shardings=where)(data)
@@ -102,28 +102,14 @@ def _fetched(x: Any) -> Any:
     if not (x.is_fully_addressable or x.is_fully_replicated):
         assert isinstance(x.sharding, NamedSharding), x.sharding
         x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
-    if _is_key(x):
+    if is_key(x):
         data: Any = np.asarray(jax.random.key_data(x))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return np.asarray(x)
 
 
 def global_shapes(batch: Any) -> Any:
-    """The shapes of the global batch that every process brings equal rows of.
-
-    Plan with them: ``train_step.init(init_fn, rng, rhino.global_shapes(batch))``, then
-    ``train_step.shard_batch(batch)`` takes the rows of each process. Every process must
-    call it. On one process they are the batch's own shapes.
-
-    Args:
-        batch: this process's rows; every array's first dimension are rows.
-
-    Raises:
-        ProcessError: processes bring other trees, shapes or dtypes (which, by process).
-
-    >>> global_shapes({"x": np.zeros((4, 2), np.float32)})
-    {'x': ShapeDtypeStruct(shape=(4, 2), dtype=float32)}
-    """
+    """See :func:`rhino_jax.global_shapes`."""
     group = None if compat.key_values() is None else group_of(jax.devices())
     count = len(group.ranks) if group else 1
     if group is not None:
@@ -145,14 +131,14 @@ def _times(x: Any, count: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(whole, dtype, weak_type=weak)
 
 
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.dtypes.issubdtype(
-        x.dtype, jax.dtypes.prng_key
-    )
+def is_key(x: Any) -> bool:
+    """Whether ``x``, an array or the shape of one, holds random keys."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _host(x: Any) -> np.ndarray:
     """``x`` in this process's memory, with the dtype that JAX gives it."""
-    if _is_key(x):
+    if is_key(x):
         return np.asarray(jax.random.key_data(x))
     return np.asarray(x, aval_of(x)[1])

@@ -15,7 +15,7 @@ from rhino_jax.cluster.hardware import CATALOGUE, CUDA, GIB, catalogue_name
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import ClusterError
-from rhino_jax.runtime.job import hosts
+from rhino_jax.runtime.joining import hosts
 
 
 def attached_cluster(devices: Sequence[Any], folder: Path | None = None) -> Cluster:

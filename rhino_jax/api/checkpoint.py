@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rhino_jax import compat
-from rhino_jax.api.across import from_whole
+from rhino_jax.api.across import from_whole, is_key
 from rhino_jax.errors import CheckpointError, nearest, problems
 from rhino_jax.trace.arguments import few, join, keys, leaves_of
 
@@ -144,12 +144,20 @@ def differences(saved: Kinds, wanted: Kinds) -> list[str]:
 def by_path(state: Any) -> dict[str, Any]:
     """The leaves of a state by their tree paths.
 
+    Raises:
+        CheckpointError: two leaves have one path.
+
     >>> by_path({"params": [1, 2]})
     {'params/0': 1, 'params/1': 2}
     """
     pairs = [(join(*keys(path)) or "state", x) for path, x in leaves_of(state)]
     found = dict(pairs)
-    assert len(found) == len(pairs), "two leaves of one path"
+    if len(found) < len(pairs):
+        twice = {path for path, _ in pairs if [p for p, _ in pairs].count(path) > 1}
+        raise CheckpointError(
+            f"a state with two leaves of one path: {', '.join(sorted(twice))}; rename "
+            "keys that have a slash in them"
+        )
     return found
 
 
@@ -205,30 +213,28 @@ def _read(
 
 
 def _abstract(kind: Any, where: Any) -> jax.ShapeDtypeStruct:
-    if _is_key(kind):
+    if is_key(kind):
         bare = jax.ShapeDtypeStruct(kind.shape, kind.dtype)
         kind = jax.eval_shape(jax.random.key_data, bare)
     return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=where)
 
 
 def _typed(x: Any, kind: Any, where: Any) -> jax.Array:
-    """What was read as what was saved: keys are kept as words, empty arrays not."""
+    """What was read as what was saved: of keys the words, of types not the weakness.
+
+    Empty arrays are not kept at all.
+    """
     if x is None:
         return from_whole(np.zeros(kind.shape, kind.dtype), where)
-    if _is_key(kind):
+    if is_key(kind):
         return jax.random.wrap_key_data(x, impl=compat.key_impl(kind.dtype))
-    found: jax.Array = x
+    found: jax.Array = compat.as_weak(x) if kind.weak_type else x
     return found
 
 
 def _plain(x: Any) -> Any:
     """``x`` as Orbax saves it from several processes: a global array, or NumPy's."""
-    if _is_key(x):
+    if is_key(x):
         x = jax.random.key_data(x)
     local = jax.process_count() > 1 and getattr(x, "is_fully_addressable", False)
     return x if isinstance(x, jax.Array) and not local else np.asarray(x)
-
-
-def _is_key(x: Any) -> bool:
-    dtype = getattr(x, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import click
 
-from rhino_jax.runtime.job import Job, check_free, free_port
+from rhino_jax.runtime.job import Job
+from rhino_jax.runtime.joining import check_free, free_port
 from rhino_jax.runtime.launcher import Interrupted, run, worker_environment
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -38,12 +39,9 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that run one program together, and this one's place among them.
+    """The processes that run one program together, and this one's place among them."""
 
-    ``store`` is the client of the key-value store.
-    """
-
-    store: Any
+    store: compat.KeyValues
     ranks: tuple[int, ...]
     rank: int
 
@@ -123,10 +121,11 @@ def agreed(
 
 
 def _wait_for_readers(group: Group, place: str) -> None:
-    """Give the others the time to read why there is no answer."""
+    """Give those who have come the time to read why there is no answer."""
     until = time.monotonic() + READING_SECONDS
     for rank in group.ranks[1:]:
-        _get(group.store, f"{place}/read/{rank}", until)
+        if _get(group.store, f"{place}/facts/{rank}", 0.0) is not None:
+            _get(group.store, f"{place}/read/{rank}", until)
     time.sleep(TELLING_SECONDS)
 
 
@@ -134,7 +133,7 @@ def _meeting(group: Group) -> str:
     """The key under which the next meeting of this group is held."""
     members = "-".join(map(str, group.ranks))
     mine = f"{_ROOT}/count/{members}/{group.rank}"
-    return f"{_ROOT}/meeting/{members}/{group.store.key_value_increment(mine, 1)}"
+    return f"{_ROOT}/meeting/{members}/{group.store.count(mine)}"
 
 
 def _arrived(
@@ -216,26 +215,21 @@ def _opened(text: str | None, leader: int) -> str:
     )
 
 
-def _set(store: Any, key: str, text: str) -> None:
-    store.key_value_set_bytes(
-        key, zlib.compress(text.encode(), 1), allow_overwrite=True
-    )
+def _set(store: compat.KeyValues, key: str, text: str) -> None:
+    store.set(key, zlib.compress(text.encode(), 1))
 
 
-def _get(store: Any, key: str, until: float | None) -> str | None:
+def _get(store: compat.KeyValues, key: str, until: float | None) -> str | None:
     """The text under ``key``, waited for; None where it does not come in time.
 
     With no limit it is waited for as long as the store lives: with process 0 all others
     end.
     """
+    until = math.inf if until is None else until
     while True:
-        left = _SLICE_SECONDS if until is None else until - time.monotonic()
-        wait_ms = max(1, int(min(left, _SLICE_SECONDS) * 1000))
-        try:
-            found = store.blocking_key_value_get_bytes(key, wait_ms)
+        left = max(until - time.monotonic(), 1e-3)  # what is there is read, late or not
+        found = store.get(key, min(left, _SLICE_SECONDS))
+        if found is not None:
             return zlib.decompress(found).decode()
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" not in str(error):
-                raise
-        if until is not None and time.monotonic() >= until:
+        if time.monotonic() >= until:
             return None

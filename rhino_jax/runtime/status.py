@@ -1,8 +1,8 @@
 """The last instruction of a process, in a file that outlives it.
 
 One record of fixed size, written through a memory map: whatever ends the process, the
-kernel keeps the last one. It costs about a microsecond, and nothing where ``rhino
-launch`` did not start the process.
+kernel keeps the last one. It costs a fraction of a microsecond, and nothing where
+``rhino launch`` did not start the process.
 """
 
 from __future__ import annotations

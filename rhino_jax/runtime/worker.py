@@ -14,7 +14,8 @@ import signal
 import sys
 import traceback
 
-from rhino_jax.runtime.job import initialize
+from rhino_jax.runtime.job import forget_environment
+from rhino_jax.runtime.joining import initialize
 from rhino_jax.runtime.status import began
 
 _PR_SET_PDEATHSIG = 1
@@ -24,10 +25,12 @@ def main(script: str, *arguments: str) -> None:
     """Run ``script`` with ``arguments`` among the other processes."""
     _end_with(os.getppid())
     sys.argv = [script, *arguments]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    if not sys.flags.safe_path:
+        sys.path[0] = os.path.dirname(os.path.abspath(script))
     try:
         began("joining the other processes")
         initialize()
+        forget_environment()
         began("starting the script")
         runpy.run_path(script, run_name="__main__")
     except SystemExit as request:

@@ -104,7 +104,7 @@ def _is_operand(end: Endpoint) -> bool:
 
 
 def _parts(cuts: set[int]) -> tuple[Part, ...]:
-    ordered = sorted(cuts)
+    ordered = sorted(cuts - {0})  # of an empty array
     found = [
         (low, high) for low, high in itertools.pairwise(ordered) if high % low == 0
     ]

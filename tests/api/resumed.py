@@ -34,6 +34,7 @@ def init(rng: jax.Array) -> Any:
         "slots": Slots(jax.tree.map(jnp.zeros_like, w), ()),
         "count": jnp.int32(0),
         "seed": seed,
+        "rate": jnp.asarray(0.1),
         "half": jnp.ones((8,), jnp.bfloat16),
         "empty": jnp.zeros((0, 3)),
     }
@@ -48,7 +49,7 @@ def train_step(state: Any, x: Any) -> Any:
 
     loss, grads = jax.value_and_grad(loss_of)(state["w"])
     mean = jax.tree.map(lambda m, g: 0.9 * m + g, state["slots"].mean, grads)
-    w = jax.tree.map(lambda p, m: p - 0.1 * m, state["w"], mean)
+    w = jax.tree.map(lambda p, m: p - state["rate"] * m, state["w"], mean)
     new = {"w": w, "slots": Slots(mean, ()), "seed": seed, "count": state["count"] + 1}
     return {**state, **new}, loss
 

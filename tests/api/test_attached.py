@@ -5,8 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from rhino_jax.api import attached
 from rhino_jax.api.attached import attached_cluster, more_memory
 from rhino_jax.cluster.hardware import CATALOGUE, GIB
+from rhino_jax.cluster.topology import MEMORY, NETWORK, crossing
+from rhino_jax.errors import ClusterError
+from rhino_jax.ir.mesh import Mesh
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -53,3 +59,33 @@ def test_devices_of_other_processes_are_not_asked() -> None:
     there.memory_stats = never
     found = attached_cluster([gpu(limit_bytes=70 * GIB), there])
     assert (found.name, found.device.memory_bytes) == ("h100:2x1", 70 * GIB)
+
+
+def cpu(process: int) -> Any:
+    return SimpleNamespace(platform="cpu", process_index=process)
+
+
+def test_processes_of_simulated_devices_are_linked_by_a_network() -> None:
+    assert attached_cluster([cpu(0)] * 8).name == "cpu:8"
+    cluster = attached_cluster([cpu(n // 4) for n in range(8)])
+    mesh = Mesh.of(data=2, tensor=4)
+    assert cluster.name == "cpu:2x4"
+    between, within = (crossing(cluster, mesh, (name,)) for name in mesh.names)
+    assert [link.kind for link, _ in (*between, *within)] == [NETWORK, MEMORY]
+    assert between[0][0].bytes_per_second < within[0][0].bytes_per_second
+    with pytest.raises(ClusterError, match=r"different numbers of devices: \[1, 2\]"):
+        attached_cluster([cpu(0), cpu(0), cpu(1)])
+
+
+@pytest.mark.parametrize(
+    ("machines", "name"),
+    [("aabb", "h100:2x4"), ("aaaa", "h100:1x8"), ("abab", "h100:4x2")],
+)
+def test_processes_of_one_machine_share_its_links(
+    machines: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs a process; machines that take turns are as good as so many more."""
+    monkeypatch.setattr(
+        attached, "hosts", lambda ranks: {r: machines[r] for r in ranks}
+    )
+    assert attached_cluster([gpu(n // 2) for n in range(8)]).name == name

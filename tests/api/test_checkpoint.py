@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import rhino_jax as rhino
-from rhino_jax.api.checkpoint import differences
+from rhino_jax.api.checkpoint import by_path, differences
 from rhino_jax.errors import CheckpointError, SignatureError
 from tests.api.resumed import Slots, X, init, losses, make
 
@@ -34,7 +34,11 @@ def test_another_plan_goes_on_with_the_same_losses(
     other = make(count, recipe)
     shapes = jax.eval_shape(init, jax.random.key(0))
     state = other.restore(tmp_path, shapes, X)
-    assert isinstance(state["slots"], Slots) and int(state["count"]) == 2
+    assert (
+        state["rate"].weak_type
+        and isinstance(state["slots"], Slots)
+        and int(state["count"]) == 2
+    )
     assert state["half"].dtype == jnp.bfloat16 and state["empty"].shape == (0, 3)
     found, _ = losses(other, state, 3)
     assert len(other._entries) == 1, "what was restored is what was planned"
@@ -120,6 +124,11 @@ def same(one: jax.Array, other: jax.Array) -> None:
     if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
         one, other = jax.random.key_data(one), jax.random.key_data(other)
     np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_two_leaves_of_one_path() -> None:
+    with pytest.raises(CheckpointError, match="one path: a/b; rename"):
+        by_path({"a": {"b": 1}, "a/b": 2, "c": 3})
 
 
 def test_differences_name_the_nearest() -> None:
