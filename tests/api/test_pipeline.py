@@ -145,10 +145,11 @@ def test_a_stage_holds_its_own_state_only() -> None:
 
     held = piped.init(init, jax.random.key(0), batch)
     halves = [frozenset(jax.devices()[:4]), frozenset(jax.devices()[4:])]
-    first, last = (held[0]["layers"][i]["up"].sharding.device_set for i in (0, -1))
-    assert [first, last] == halves
-    slots = held[1][1][0].mu["layers"][-1]["up"].sharding.device_set
-    assert slots == halves[1]
+    params, slots = held[0]["layers"], held[1][1][0].mu["layers"]
+    where = [[x["up"].sharding.device_set for x in of] for of in (params, slots)]
+    assert where[0] == where[1] == sorted(where[0], key=halves.index)
+    everywhere = {frozenset(x.sharding.device_set) for x in jax.tree.leaves(held[0])}
+    assert everywhere == set(halves)
     worst, _ = worst_leaf(state, held)
     assert worst == 0
     laid = piped.shard_batch(batch)
@@ -203,7 +204,9 @@ def test_no_worker_holds_more_than_its_bound(schedule: str) -> None:
     for worker, bound in enumerate(graph.peaks):
         found = max(alive[worker] for alive in seen)
         assert 0.8 * bound < found <= bound + beside[worker] + 64
-    assert _kept(planned) == list(in_flight(planned.schedule))
+    kept, most = _kept(planned), in_flight(planned.schedule)
+    assert kept[0] == most[0]
+    assert all(n <= limit for n, limit in zip(kept, most, strict=True))
     del outs
 
 
