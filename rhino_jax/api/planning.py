@@ -163,11 +163,11 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     level, pipeline = options.optimization_level, options.stages is not None
     batches = options.microbatches or 0
     notes: tuple[str, ...] = ()
-    if options.stages is not None:
-        check_stages(Divided(subject), options.stages)
-        batches, notes = microbatches_of(subject, options)
     workers = workers_of(options)
     share = part(cluster, workers)
+    if options.stages is not None:
+        check_stages(Divided(subject), options.stages)
+        batches, notes = microbatches_of(subject, options, share.num_devices)
     found = plan_search(
         subject,
         Wish(
@@ -248,7 +248,7 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     stages, divided = None, Divided(subject)
     if options.stages is not None:
         check_stages(divided, options.stages)
-        batches, notes = microbatches_of(subject, options)
+        batches, notes = microbatches_of(subject, options, mesh.num_devices)
         owner = divided.segmentation.owner
     if batches > 1:
         timed = microbatched(subject, assignment, mesh, batches, owner)

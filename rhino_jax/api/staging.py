@@ -57,16 +57,20 @@ def stage_counts(cluster: Cluster, options: Options) -> Iterator[int]:
         yield workers * options.stages_per_worker
 
 
-def microbatches_of(subject: Subject, options: Options) -> tuple[int, tuple[str, ...]]:
+def microbatches_of(
+    subject: Subject, options: Options, num_devices: int
+) -> tuple[int, tuple[str, ...]]:
     """How many microbatches a pipeline is fed, and a note where that is only one.
 
-    As asked for; else four a worker, or as many as the batch can be cut in.
+    As asked for; else four a worker, or as many as the batch can be cut in so that each
+    of a worker's ``num_devices`` has examples of its own.
     """
     if options.microbatches:
         return options.microbatches, ()
     workers = workers_of(options)
     reasons: Iterable[str] = ()
-    for count in (4 * workers, 2 * workers, workers, 2):
+    most = max(subject.batch_size // num_devices, 2)
+    for count in (n for n in (4 * workers, 2 * workers, workers, 2) if n <= most):
         found = timing(subject, subject.batch_size, count)
         if not isinstance(found, Refusal):
             return count, ()
