@@ -56,7 +56,7 @@ def test_a_pipeline_where_hosts_are_far_apart() -> None:
     assert "no pipeline" in note and "2 stages" in note and "4 stages" in note
     alone = rhino.plan(train_step, *shapes(2048, 8192), cluster="t4:4x1", cache_dir="")
     assert seconds(found) < seconds(alone)
-    assert note in str(found)
+    assert note in " ".join(str(found).split())
 
 
 def test_none_on_one_fast_host() -> None:
