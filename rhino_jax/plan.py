@@ -151,7 +151,8 @@ class Plan:
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes each device sends in one step."""
+        """Bytes each device sends in one step; of a pipeline, one of every worker's
+        together, without what goes from stage to stage."""
         return sum(c.total_bytes for c in self.collectives)
 
     def save(self, path: str | Path) -> None:
