@@ -8,6 +8,7 @@ from typing import Any
 
 from rhino_jax.api.planned import Planned
 from rhino_jax.api.planning import plan_traced
+from rhino_jax.errors import OptionsError
 from rhino_jax.options import Options
 from rhino_jax.plan import Leaf, Plan
 from rhino_jax.trace import Traced
@@ -19,7 +20,16 @@ def followed(traced: Traced, plan: Plan, parent: Options, options: Options) -> P
     Args:
         plan: what was planned for the step that is followed.
         parent: that step's options; its mesh and cluster are taken over.
+
+    Raises:
+        OptionsError: ``plan`` is a pipeline.
     """
+    if plan.stages is not None:
+        raise OptionsError(
+            f"{traced.program.name} can not follow {plan.program_name}, a pipeline of "
+            f"{plan.stages}: its state lies on several meshes. Decorate "
+            f"{traced.program.name} by itself and hand it jax.device_get(state)"
+        )
     program = traced.program
     pins: dict[str, Any] = {}
     for path, v in zip(traced.input_paths, program.inputs, strict=False):

@@ -145,7 +145,8 @@ def test_a_stage_holds_its_own_state_only() -> None:
 
     held = piped.init(init, jax.random.key(0), batch)
     halves = [frozenset(jax.devices()[:4]), frozenset(jax.devices()[4:])]
-    first, last = (held[0]["layers"][i]["up"].sharding.device_set for i in (0, -1))
+    ends = held[0]["embed"], held[0]["layers"][-1]["up"]
+    first, last = (x.sharding.device_set for x in ends)
     assert [first, last] == halves
     slots = held[1][1][0].mu["layers"][-1]["up"].sharding.device_set
     assert slots == halves[1]
@@ -362,6 +363,15 @@ def test_what_can_not_be_is_said() -> None:
 
 def _flat_mesh() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices(), object), ("data",))
+
+
+def test_a_pipeline_is_not_followed() -> None:
+    step, state, batch = STEPS["towers"]()
+    piped = rhino.auto_parallel(pipeline_stages=2, **WORKERS)(step)
+    piped.planned(state, batch)
+    evaluate = rhino.follow(piped, lambda state, batch: step(state, batch)[1])
+    with pytest.raises(errors.OptionsError, match="by itself"):
+        evaluate(state, batch)
 
 
 def test_an_error_names_the_stage_and_the_microbatch() -> None:
