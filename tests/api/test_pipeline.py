@@ -173,6 +173,24 @@ def test_the_state_is_kept_where_it_is_not_to_be_donated() -> None:
     assert worst_leaf(first, second)[0] == 0
 
 
+def test_what_is_returned_twice_or_handed_through() -> None:
+    step, state, batch = STEPS["towers"]()
+
+    def averaged(held: Any, batch: Any) -> Any:
+        (params, slots), _, frozen = held
+        (params, slots), metrics = step((params, slots), batch)
+        return ((params, slots), params, frozen), metrics
+
+    copy = jax.tree.map(jnp.copy, state[0])
+    piped = rhino.auto_parallel(pipeline_stages=2, **WORKERS)(averaged)
+    now, wanted = piped.place((state, copy, jnp.arange(3.0)), batch), state
+    for _ in range(3):
+        now, _ = piped(now, batch)
+        wanted, _ = jax.jit(step)(wanted, batch)
+    error, path = worst_leaf((wanted, wanted[0], jnp.arange(3.0)), now)
+    assert error < 1e-5, path
+
+
 # ---- memory -------------------------------------------------------------------------
 
 
