@@ -147,7 +147,12 @@ class Plan:
         """The mesh with a leading axis over the workers, where it is a pipeline."""
         if self.stages is None:
             return self.mesh
-        return Mesh((Axis(STAGE, self.stages.num_workers), *self.mesh.axes))
+        return Mesh((Axis(STAGE, self.num_workers), *self.mesh.axes))
+
+    @property
+    def num_workers(self) -> int:
+        """Shares of the devices that run stages side by side; 1 for no pipeline."""
+        return self.stages.num_workers if self.stages else 1
 
     @property
     def wire_bytes(self) -> int:

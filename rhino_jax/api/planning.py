@@ -39,7 +39,7 @@ from rhino_jax.plan import Plan, Predicted, Stages, make_plan
 from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.choose import default_meshes, plan_recipe
 from rhino_jax.search.meshes import candidate_meshes
-from rhino_jax.search.microbatch import microbatched
+from rhino_jax.search.microbatch import microbatched, rows_together
 from rhino_jax.search.pins import Spec
 from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.remat import NONE, apply_remat
@@ -106,7 +106,8 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     key = key_of(traced, cluster, options)
     kept = read_plan(folder, key)
     if kept is not None:
-        return replace(bind(kept, traced, options), cluster=cluster)
+        share = part(cluster, kept.num_workers)
+        return replace(bind(kept, traced, options), cluster=share)
     found = _by_search(traced, options, cluster)
     write_plan(folder, key, found.plan)
     return found
@@ -119,11 +120,14 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     level, pipeline = options.optimization_level, options.pipeline_stages is not None
     batches = options.microbatches or 0
     notes: tuple[str, ...] = ()
-    if options.pipeline_stages is not None:
-        check_stages(Divided(subject), options.pipeline_stages)
-        batches, notes = microbatches_of(subject, options)
     workers = workers_of(options)
     share = part(cluster, workers)
+    if options.pipeline_stages is not None:
+        check_stages(Divided(subject), options.pipeline_stages)
+        rows, count = subject.batch_size, share.num_devices
+        # So many that they fit whatever mesh is found.
+        rows = rows // count if rows % count == 0 else rows
+        batches, notes = microbatches_of(subject, options, rows)
     found = plan_search(
         subject,
         Wish(
@@ -159,7 +163,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         predicted=predicted,
         notes=(*notes, *found.notes),
     )
-    return replace(planned, cluster=cluster)
+    return replace(planned, cluster=share)
 
 
 def _limit(options: Options, cluster: Cluster) -> int:
@@ -204,7 +208,8 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     stages, divided = None, Divided(subject)
     if options.pipeline_stages is not None:
         check_stages(divided, options.pipeline_stages)
-        batches, notes = microbatches_of(subject, options)
+        rows = rows_together(subject, assignment, mesh)
+        batches, notes = microbatches_of(subject, options, rows)
         owner = divided.segmentation.owner
     if batches > 1:
         timed = microbatched(subject, assignment, mesh, batches, owner)

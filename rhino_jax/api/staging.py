@@ -44,17 +44,22 @@ def workers_of(options: Options) -> int:
     return stages // each
 
 
-def microbatches_of(subject: Subject, options: Options) -> tuple[int, tuple[str, ...]]:
+def microbatches_of(
+    subject: Subject, options: Options, rows: int
+) -> tuple[int, tuple[str, ...]]:
     """How many microbatches a pipeline is fed, and a note where that is only one.
 
-    As asked for; else four a worker, or as many as the batch can be cut in.
+    As asked for; else four a worker, or as many as can be.
+
+    Args:
+        rows: examples that lie together on one device.
     """
     if options.microbatches:
         return options.microbatches, ()
     workers = workers_of(options)
     reasons: Iterable[str] = ()
     for count in (4 * workers, 2 * workers, workers, 2):
-        found = timing(subject, subject.batch_size, count)
+        found = timing(subject, rows, count)
         if not isinstance(found, Refusal):
             return count, ()
         reasons = found.reasons

@@ -256,7 +256,8 @@ class _Search:
             reading = read(subject)
         meshes = [self._on(reading, mesh) for mesh in self.meshes]
         meshes.sort(key=lambda one: one.answer.ticks)
-        most, kept = PREDICTED[self.wish.level - 1], []
+        most = PREDICTED[self.wish.level - 1]
+        kept: list[_Mesh] = []
         for one in meshes:
             if len(kept) == most:
                 break

@@ -300,6 +300,10 @@ def test_kept_plans_are_kept_apart(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.json"))) == len(kinds)
     again = [rhino.plan(step, state, batch, cache_dir=folder, **k).plan for k in kinds]
     assert plans == again
+    explained = rhino.plan(
+        step, state, batch, cache_dir=folder, pipeline_stages=2
+    ).explain("state/0/left/0/up")
+    assert "planned" in explained
     predicted = plans[1].predicted
     assert predicted is not None
     assert 0 < predicted.peak_bytes <= predicted.limit_bytes
