@@ -147,11 +147,17 @@ class Plan:
         """The mesh with a leading axis over the workers, where it is a pipeline."""
         if self.stages is None:
             return self.mesh
-        return Mesh((Axis(STAGE, self.stages.num_workers), *self.mesh.axes))
+        return Mesh((Axis(STAGE, self.num_workers), *self.mesh.axes))
+
+    @property
+    def num_workers(self) -> int:
+        """Shares of the devices that run stages side by side; 1 for no pipeline."""
+        return self.stages.num_workers if self.stages else 1
 
     @property
     def wire_bytes(self) -> int:
-        """Bytes each device sends in one step."""
+        """Bytes each device sends in one step; of a pipeline, one of every worker's
+        together, without what goes from stage to stage."""
         return sum(c.total_bytes for c in self.collectives)
 
     def save(self, path: str | Path) -> None:

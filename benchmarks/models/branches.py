@@ -100,7 +100,7 @@ def towers(dtype: str = "float32") -> Made:
         right = _tower(params["right"], batch["right"])
         return jnp.mean(jnp.log1p(jnp.sum((left - right) ** 2, axis=-1)))
 
-    return _made(loss_of, params, batch, optax.adam(1e-2))
+    return _made(loss_of, params, batch, optax.sgd(0.1, momentum=0.9))
 
 
 def clip(dtype: str = "float32") -> Made:
@@ -117,7 +117,7 @@ def clip(dtype: str = "float32") -> Made:
         columns = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
         return jnp.mean(rows + columns)
 
-    return _made(loss_of, params, batch, optax.adam(1e-2))
+    return _made(loss_of, params, batch, optax.sgd(0.1, momentum=0.9))
 
 
 def tied(dtype: str = "float32") -> Made:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rhino_jax.errors import OptionsError
 from rhino_jax.options import Options
 from rhino_jax.plan import Leaf, Plan
 from rhino_jax.trace import Traced
@@ -17,7 +18,16 @@ def following(traced: Traced, plan: Plan, parent: Options, options: Options) -> 
     Args:
         plan: what was planned for the step that is followed.
         parent: that step's options; its mesh and cluster are taken over.
+
+    Raises:
+        OptionsError: ``plan`` is a pipeline.
     """
+    if plan.stages is not None:
+        raise OptionsError(
+            f"{traced.program.name} can not follow {plan.program_name}, a pipeline of "
+            f"{plan.stages}: its state lies on several meshes. Decorate "
+            f"{traced.program.name} by itself and hand it jax.device_get(state)"
+        )
     program = traced.program
     pins: dict[str, Any] = {}
     for path, v in zip(traced.input_paths, program.inputs, strict=False):

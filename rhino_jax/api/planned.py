@@ -13,7 +13,7 @@ import jax
 from rhino_jax.api.activations import activations
 from rhino_jax.api.passing import Passing
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cluster.topology import Cluster, linked
+from rhino_jax.cluster.topology import Cluster, linked, part
 from rhino_jax.errors import MeshError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.lower.devices import device_mesh
@@ -44,7 +44,8 @@ class Planned:
     traced: Traced
     jax_mesh: Any
     cluster: Cluster | None = None
-    """What the search priced the plan for; None for a plan that was not searched."""
+    """What the search priced the plan for (of a pipeline, one worker's share); None
+    for a plan that was not searched."""
 
     def __str__(self) -> str:
         inside = activations(self.traced.program, self.plan.assignment)
@@ -66,8 +67,9 @@ class Planned:
         """
         subject = subject_of(self.traced)
         position = position_of(path, subject.input_paths)
-        cluster = self.cluster or parse_cluster(
-            self.plan.cluster or f"cpu:{self.plan.mesh.num_devices}"
+        cluster = self.cluster or part(
+            parse_cluster(self.plan.cluster or f"cpu:{self.plan.num_devices}"),
+            self.plan.num_workers,
         )
         predicted = self.plan.predicted
         mesh = linked(cluster, self.plan.mesh)

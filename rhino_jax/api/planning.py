@@ -42,7 +42,7 @@ from rhino_jax.plan import Plan, Predicted, Stages, make_plan
 from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.choose import default_meshes, plan_recipe
 from rhino_jax.search.meshes import candidate_meshes
-from rhino_jax.search.microbatch import microbatched
+from rhino_jax.search.microbatch import microbatched, rows_together
 from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.remat import NONE, apply_remat
 from rhino_jax.search.specs import Spec
@@ -109,7 +109,8 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     key = key_of(traced, cluster, options)
     kept = read_plan(folder, key)
     if kept is not None:
-        return replace(bind(kept, traced, options), cluster=cluster)
+        share = part(cluster, kept.num_workers)
+        return replace(bind(kept, traced, options), cluster=share)
     found = _searched(traced, options, cluster)
     write_plan(folder, key, found.plan)
     return found
@@ -167,7 +168,10 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     share = part(cluster, workers)
     if options.stages is not None:
         check_stages(Divided(subject), options.stages)
-        batches, notes = microbatches_of(subject, options, share.num_devices)
+        rows, count = subject.batch_size, share.num_devices
+        # So many that they fit whatever mesh is found.
+        rows = rows // count if rows % count == 0 else rows
+        batches, notes = microbatches_of(subject, options, rows)
     found = plan_search(
         subject,
         Wish(
@@ -203,7 +207,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         predicted=predicted,
         notes=(*notes, *found.notes),
     )
-    return replace(planned, cluster=cluster)
+    return replace(planned, cluster=share)
 
 
 def _limit(options: Options, cluster: Cluster) -> int:
@@ -248,7 +252,8 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     stages, divided = None, Divided(subject)
     if options.stages is not None:
         check_stages(divided, options.stages)
-        batches, notes = microbatches_of(subject, options, mesh.num_devices)
+        rows = rows_together(subject, assignment, mesh)
+        batches, notes = microbatches_of(subject, options, rows)
         owner = divided.segmentation.owner
     if batches > 1:
         timed = microbatched(subject, assignment, mesh, batches, owner)

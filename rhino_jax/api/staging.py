@@ -58,20 +58,21 @@ def stage_counts(cluster: Cluster, options: Options) -> Iterator[int]:
 
 
 def microbatches_of(
-    subject: Subject, options: Options, num_devices: int
+    subject: Subject, options: Options, rows: int
 ) -> tuple[int, tuple[str, ...]]:
     """How many microbatches a pipeline is fed, and a note where that is only one.
 
-    As asked for; else four a worker, or as many as the batch can be cut in so that each
-    of a worker's ``num_devices`` has examples of its own.
+    As asked for; else four a worker, or as many as can be.
+
+    Args:
+        rows: examples that lie together on one device.
     """
     if options.microbatches:
         return options.microbatches, ()
     workers = workers_of(options)
     reasons: Iterable[str] = ()
-    most = max(subject.batch_size // num_devices, 2)
-    for count in (n for n in (4 * workers, 2 * workers, workers, 2) if n <= most):
-        found = timing(subject, subject.batch_size, count)
+    for count in (4 * workers, 2 * workers, workers, 2):
+        found = timing(subject, rows, count)
         if not isinstance(found, Refusal):
             return count, ()
         reasons = found.reasons

@@ -108,6 +108,9 @@ class Controller:
                 program.inputs, layouts, self.stages.chunks.homes, strict=True
             )
         )
+        # Two outputs are two arrays: either may be given away.
+        first = {slot: k for k, slot in reversed(list(enumerate(self.graph.outputs)))}
+        self.repeated = [k != first[s] for k, s in enumerate(self.graph.outputs)]
         self.given_away = {self.graph.inputs[i] for i in self.donated}
         self.shapes = tuple(program.values[v].shape for v in program.inputs)
         self.dtypes = tuple(program.values[v].dtype for v in program.inputs)
@@ -145,7 +148,10 @@ class Controller:
                     held[slot] = None
             if self.watch is not None:
                 self.watch(task)
-        outs = [held[slot] for slot in self.graph.outputs]
+        outs = [
+            held[slot].copy() if again else held[slot]
+            for slot, again in zip(self.graph.outputs, self.repeated, strict=True)
+        ]
         self._delete(leaves, outs)
         return outs
 

@@ -301,14 +301,25 @@ class _Search:
             reading = read(subject)
         meshes = [self._on(reading, mesh) for mesh in self.meshes]
         meshes.sort(key=lambda one: one.answer.ticks)
-        kept = meshes[: PREDICTED[self.wish.level - 1]]
-        self.meshes = [one.energy.mesh for one in kept]
-        for one in kept:
+        most = PREDICTED[self.wish.level - 1]
+        kept: list[Sought] = []
+        for one in meshes:
+            if len(kept) == most:
+                break
             if self.wish.level > 1:
                 answer = self._answer(one.energy, level=self.wish.level)
                 one = replace(one, answer=answer)
-            for count in counts:
-                yield from self._up_the_ladder(one, policy, count)
+            found = [
+                candidate
+                for count in counts
+                for candidate in self._up_the_ladder(one, policy, count)
+            ]
+            # Microbatches that do not fit the best mesh may fit another.
+            if found:
+                kept.append(one)
+            yield from found
+        self.refused = not kept
+        self.meshes = [one.energy.mesh for one in kept or meshes[:most]]
 
     def _under(self, policy: str, only: Sequence[int] | None = None) -> Subject:
         """The subject under a remat policy."""
@@ -384,7 +395,6 @@ class _Search:
             owner = Divided(subject).segmentation.owner if self.wish.pipeline else ()
             timed = microbatched(subject, assignment, mesh, count, owner)
             if isinstance(timed, Refusal):
-                self.refused = True
                 self.notes.update(
                     dict.fromkeys(f"no microbatches: {r}" for r in timed.reasons)
                 )
