@@ -424,7 +424,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def _make_ready(entry: Entry) -> None:
     """Bind an entry to the devices that are here: from now on it can be called."""
-    from rhino_jax.api.across import from_whole
+    from rhino_jax.api.across import laid
 
     planned = entry.planned = entry.planned.attached()
     layouts = planned.plan.assignment.inputs
@@ -433,9 +433,9 @@ def _make_ready(entry: Entry) -> None:
     if constants and planned.plan.mesh.axes:
         count = planned.traced.num_inputs
         wanted = planned.shardings(layouts[count:])
-        pairs = zip(constants, wanted, strict=True)
-        laid = from_whole if entry.across else jax.device_put
-        constants = tuple(laid(c, where) for c, where in pairs)
+        constants = tuple(
+            laid(c, where) for c, where in zip(constants, wanted, strict=True)
+        )
     entry.constants = constants
     entry.run = planned.jit_call(entry.passing)
 

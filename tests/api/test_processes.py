@@ -40,7 +40,7 @@ def launch(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -67,7 +67,7 @@ def test_killed_processes_end_the_job_and_it_goes_on(tmp_path: Path) -> None:
         assert death.exit_code == 128 + 9 and death.exit_seconds < 30
         assert "its last instruction: " in death.last_line
     job = start(tmp_path, 2)
-    _, said = job.communicate(timeout=120)
+    _, said = job.communicate(timeout=300)
     assert job.returncode == 0, said
     state, plain, expected = (
         resumable_init(jax.random.key(0)),
