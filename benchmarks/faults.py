@@ -1,12 +1,14 @@
 """Does a killed process end the job, by name, and does a restart give the same losses?
 
 ``benchmarks/resumable.py`` under ``rhino launch``, several processes of one simulated
-device. Each process is killed (SIGKILL) at random moments of the run, from the start of
-the processes on. Then: the launcher must end with another exit code than 0 within 30
-seconds, its last line must name the process and how it died; the same command started
-again must restore every checkpoint it finds and end well, with the losses of a run that
-nobody interrupted, those written before the kill too. Results are kept in a file; what
-is there already is not run again. ``python -m benchmarks.faults --help``.
+device. Each process is killed (SIGKILL) at random moments: every second time at any
+second of the run, from the start of the processes on, otherwise up to half a second
+after a random step (every fourth saves a checkpoint). Then: the launcher must end with
+another exit code than 0 within 30 seconds, its last line must name the process and how
+it died; the same command started again must restore every checkpoint it finds and end
+well, with the losses of a run that nobody interrupted, those written before the kill
+too. Results are kept in a file; what is there already is not run again. ``python -m
+benchmarks.faults --help``.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from pathlib import Path
 import click
 import numpy as np
 
+from benchmarks.resumable import STEPS
+
 SCRIPT = Path(__file__).with_name("resumable.py")
 LIMIT_SECONDS = 30.0
 MOST_SECONDS = 300.0
@@ -35,15 +39,23 @@ TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One kill and the run after it."""
+class Death:
+    """How a job ended whose process was killed ``moment_seconds`` after its start."""
 
-    key: str
     moment_seconds: float
     exit_seconds: float
     exit_code: int
     last_line: str
     named: bool
+    """Whether the last line says which process died, and how."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One kill and the run after it."""
+
+    key: str
+    death: Death
     resumed_at: int
     resumed_code: int
     worst_loss: float
@@ -51,9 +63,9 @@ class Trial:
     @property
     def good(self) -> bool:
         return (
-            self.exit_code != 0
-            and self.exit_seconds <= LIMIT_SECONDS
-            and self.named
+            self.death.exit_code != 0
+            and self.death.exit_seconds <= LIMIT_SECONDS
+            and self.death.named
             and self.resumed_code == 0
             and self.worst_loss <= TOLERANCE
         )
@@ -108,10 +120,8 @@ def uninterrupted(folder: Path, processes: int) -> tuple[list[float], float]:
 
 def killed(
     folder: Path, processes: int, rank: int, when: Callable[[float], bool]
-) -> tuple[int, float, str, bool] | None:
-    """Kill ``rank`` at a moment: exit code, seconds to the end, last line, named.
-
-    None where the run ended before.
+) -> Death | None:
+    """Kill ``rank`` at a moment; None where the run ended before.
 
     Args:
         when: whether the moment has come, so many seconds after the start.
@@ -125,12 +135,17 @@ def killed(
         job.communicate(timeout=MOST_SECONDS)
         return None
     os.kill(pid, signal.SIGKILL)
-    began = time.perf_counter()
+    moment = time.perf_counter()
     _, said = job.communicate(timeout=MOST_SECONDS)
-    seconds = time.perf_counter() - began
     last = (said.strip().splitlines() or [""])[-1]
     named = re.search(rf"worker {rank} \(pid {pid}\) was killed by SIGKILL", last)
-    return job.returncode, seconds, last, named is not None
+    return Death(
+        round(moment - began, 2),
+        round(time.perf_counter() - moment, 2),
+        job.returncode,
+        last,
+        named is not None,
+    )
 
 
 def trial(
@@ -138,14 +153,13 @@ def trial(
     folder: Path,
     processes: int,
     rank: int,
-    moment: float,
+    when: Callable[[float], bool],
     expected: list[float],
 ) -> Trial | None:
     """Kill, start again, compare; None where the run ended before the kill."""
-    found = killed(folder, processes, rank, lambda seconds: seconds > moment)
-    if found is None:
+    death = killed(folder, processes, rank, when)
+    if death is None:
         return None
-    code, seconds, last, named = found
     before = len(losses_of(folder))
     job = start(folder, processes)
     job.communicate(timeout=MOST_SECONDS)
@@ -153,17 +167,27 @@ def trial(
     resumed = int(rows[before]["step"]) if len(rows) > before else len(expected)
     wrong = [abs(row["loss"] / expected[int(row["step"])] - 1) for row in rows]
     whole = {int(row["step"]) for row in rows} == set(range(len(expected)))
-    return Trial(
-        key,
-        round(moment, 2),
-        round(seconds, 2),
-        code,
-        last,
-        named,
-        resumed,
-        job.returncode,
-        max(wrong) if whole else float("inf"),
-    )
+    worst = max(wrong) if whole else float("inf")
+    return Trial(key, death, resumed, job.returncode, worst)
+
+
+def at_a_second(rng: np.random.Generator, seconds: float) -> Callable[[float], bool]:
+    """Any second of a run of so many."""
+    moment = rng.uniform(0.3, seconds)
+    return lambda passed: passed > moment
+
+
+def after_a_step(rng: np.random.Generator, folder: Path) -> Callable[[float], bool]:
+    """Soon after a step of the run that writes to ``folder``."""
+    step, pause = int(rng.integers(STEPS - 1)), rng.uniform(0.0, 0.5)
+    seen: list[float] = []
+
+    def when(passed: float) -> bool:
+        if not seen and len(losses_of(folder)) > step:
+            seen.append(passed)
+        return bool(seen) and passed > seen[0] + pause
+
+    return when
 
 
 @click.command()
@@ -178,7 +202,8 @@ def trial(
 def main(processes: int, kills: int, out: Path) -> None:
     """Run the kills that are missing and say which went wrong."""
     lines = out.read_text().splitlines() if out.exists() else []
-    done = {trial.key: trial for trial in (Trial(**json.loads(x)) for x in lines)}
+    rows = [json.loads(line) for line in lines]
+    done = {x["key"]: Trial(**{**x, "death": Death(**x["death"])}) for x in rows}
     with tempfile.TemporaryDirectory() as name:
         expected, seconds = uninterrupted(Path(name), processes)
     click.echo(f"{len(expected)} steps in {seconds:.1f} s, nobody killed")
@@ -187,9 +212,11 @@ def main(processes: int, kills: int, out: Path) -> None:
             key = f"{processes}|{rank}|{number}"
             rng = np.random.default_rng([processes, rank, number])
             while key not in done:
-                moment = float(rng.uniform(0.3, seconds))
                 with tempfile.TemporaryDirectory() as name:
-                    made = trial(key, Path(name), processes, rank, moment, expected)
+                    folder = Path(name)
+                    odd = after_a_step(rng, folder)
+                    when = odd if number % 2 else at_a_second(rng, seconds)
+                    made = trial(key, folder, processes, rank, when, expected)
                 if made is not None:
                     done[key] = made
                     with out.open("a") as file:
@@ -197,11 +224,11 @@ def main(processes: int, kills: int, out: Path) -> None:
             one = done[key]
             verdict = "good" if one.good else f"WRONG: {one}"
             click.echo(
-                f"worker {rank}, killed after {one.moment_seconds} s: ended in "
-                f"{one.exit_seconds} s, resumed at {one.resumed_at}: {verdict}"
+                f"worker {rank}, killed after {one.death.moment_seconds} s: ended in "
+                f"{one.death.exit_seconds} s, resumed at {one.resumed_at}: {verdict}"
             )
     good = sum(one.good for one in done.values())
-    slowest = max(one.exit_seconds for one in done.values())
+    slowest = max(one.death.exit_seconds for one in done.values())
     click.echo(f"{good} of {len(done)} good, the slowest ended in {slowest} s")
 
 

@@ -29,6 +29,13 @@ def from_whole(x: Any, where: Sharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
+def laid(x: Any, where: Sharding) -> jax.Array:
+    """``x`` laid as ``where`` says: it is global, or every process holds it whole."""
+    if where.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, where)
+    return from_whole(x, where)
+
+
 def rows_of(shape: Shape, where: Sharding) -> Shape:
     """The shape of the rows of a global array that one process brings.
 

@@ -111,6 +111,9 @@ def _version(package: str) -> str:
 
 
 def _content(x: Any) -> bytes:
+    """A hash of an array's values; one that lies on all processes is one for all."""
+    if not getattr(x, "is_fully_addressable", True):
+        return b""
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     return hashlib.sha256(np.ascontiguousarray(x).tobytes()).digest()

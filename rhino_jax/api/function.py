@@ -424,7 +424,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def _make_ready(entry: Entry) -> None:
     """Bind an entry to the devices that are here: from now on it can be called."""
-    from rhino_jax.api.across import from_whole
+    from rhino_jax.api.across import laid
 
     planned = entry.planned = entry.planned.attached()
     entry.aim(planned.input_shardings)
@@ -432,7 +432,6 @@ def _make_ready(entry: Entry) -> None:
     if constants and planned.plan.whole_mesh.axes:
         count = planned.traced.num_inputs
         pairs = zip(constants, planned.input_shardings[count:], strict=True)
-        laid = from_whole if entry.across else jax.device_put
         constants = tuple(laid(c, where) for c, where in pairs)
     entry.constants = constants
     entry.run = planned.jit_call(entry.passing)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rhino_jax.api.across import from_rows, from_whole, rows_of
+from rhino_jax.api.across import from_rows, from_whole, laid, rows_of
 from rhino_jax.api.entry import Entry
 from rhino_jax.errors import DonationError, SignatureError, problems
 from rhino_jax.trace.arguments import join, keys, leaves_of, positional_names
@@ -76,18 +76,11 @@ def _copied_to(x: Any, where: jax.sharding.Sharding) -> jax.Array:
     ``device_put`` does so where a device is in both, whatever ``may_alias`` says; on a
     CPU it keeps the memory of a NumPy array too, which two leaves may share.
     """
-    if not where.is_fully_addressable and not _is_global(x):
-        return from_whole(x, where)
     if concrete(x) and x.sharding.device_set & where.device_set:
         x = x.copy()
     elif isinstance(x, np.ndarray):
         x = np.array(x)
-    return jax.device_put(x, where)
-
-
-def _is_global(x: Any) -> bool:
-    """Whether ``x`` lies on devices of several processes."""
-    return concrete(x) and not x.is_fully_addressable
+    return laid(x, where)
 
 
 def _lies(sharding: jax.sharding.Sharding) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,27 +34,26 @@ def initialize(**given: Any) -> None:
             "cluster_detection_method": "deactivate",
             **given,
         }
-    elif not any(name in given for name in BY_HAND) and not compat.cluster_detected():
-        if "JAX_COORDINATOR_ADDRESS" not in os.environ:
-            return
+    elif "JAX_COORDINATOR_ADDRESS" in os.environ:
+        given = {"coordinator_address": os.environ["JAX_COORDINATOR_ADDRESS"], **given}
     missing = [name for name in BY_HAND if name not in given]
-    if 0 < len(missing) < len(BY_HAND) and not compat.cluster_detected():
-        said = {name: given[name] for name in BY_HAND if name in given}
+    if missing and not compat.cluster_detected():
+        if len(missing) == len(BY_HAND):
+            return
+        said = [f"{name}={given[name]!r}" for name in BY_HAND if name in given]
         raise ProcessError(
-            f"initialize: {said} is given, {' and '.join(missing)} not; give all of "
-            f"{', '.join(BY_HAND)}, or none under a launcher that tells them"
+            f"initialize: {' and '.join(said)} is known, {' and '.join(missing)} not; "
+            f"give all of {', '.join(BY_HAND)}, or none under a launcher that tells "
+            "them (rhino launch, Slurm, MPI)"
         )
     if given.get("process_id") == 0:
-        check_free(given.get("coordinator_bind_address", given["coordinator_address"]))
+        check_free(given.get("coordinator_bind_address") or _everywhere(given))
     try:
         jax.distributed.initialize(
             **{"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, **given}
         )
     except ValueError as error:
-        raise ProcessError(
-            f"initialize: the launcher's environment is half set: {error} Give "
-            f"initialize() {', '.join(BY_HAND)}, or start with `rhino launch`."
-        ) from error
+        raise ProcessError(f"initialize: {error}") from error
     store = compat.key_values()
     assert store is not None
     store.set(f"{_HOST_KEY}/{compat.process_id()}", socket.gethostname().encode())
@@ -69,6 +68,12 @@ def hosts(ranks: Sequence[int]) -> dict[int, str]:
     said = store.under(_HOST_KEY) if store else {}
     alone = {rank: f"process {rank}".encode() for rank in ranks}
     return {r: said.get(f"{_HOST_KEY}/{r}", alone[r]).decode() for r in ranks}
+
+
+def _everywhere(given: Mapping[str, Any]) -> str:
+    """Where JAX's service listens unless told: on this port of every address."""
+    _, _, port = str(given["coordinator_address"]).rpartition(":")
+    return f"[::]:{port}" if socket.has_dualstack_ipv6() else f"0.0.0.0:{port}"
 
 
 def check_free(address: str) -> None:

@@ -110,6 +110,7 @@ def agreed(
     try:
         said = _arrived(group, place, group.ranks, name, until, arrival_seconds)
         _compare(name, {r: json.loads(text) for r, text in said.items()}, mend)
+        began(name)
         answer = make()
     except BaseException as error:
         refusal = {"kind": type(error).__name__, "error": str(error)}
@@ -131,7 +132,7 @@ def _wait_for_readers(group: Group, place: str) -> None:
 
 def _meeting(group: Group) -> str:
     """The key under which the next meeting of this group is held."""
-    members = "-".join(map(str, group.ranks))
+    members = spans(group.ranks)
     mine = f"{_ROOT}/count/{members}/{group.rank}"
     return f"{_ROOT}/meeting/{members}/{group.store.count(mine)}"
 

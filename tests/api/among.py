@@ -66,6 +66,9 @@ def check(options: dict[str, Any], expected: tuple[list[float], Any]) -> Any:
         found = float(evaluate(state["w"], batch))
         np.testing.assert_allclose(found, wanted, rtol=1e-3)
     equal(step.fetch(step.place(fetched)), fetched)
+    closed = rhino.auto_parallel(cache_dir="")(lambda x: x @ X.T + state["count"])
+    found = step.fetch(closed(jnp.asarray(X)))
+    np.testing.assert_allclose(found, X @ X.T + STEPS, rtol=1e-5)
     return step, state
 
 

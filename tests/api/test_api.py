@@ -85,6 +85,17 @@ def test_one_device() -> None:
     )
 
 
+def test_a_state_with_an_empty_array_is_searched() -> None:
+    @rhino.auto_parallel
+    def step(state: Any, x: Any) -> Any:
+        held = {**state, "w": state["w"] - jnp.mean(x), "none": 2 * state["none"]}
+        return held, jnp.sum(held["w"])
+
+    state = {"w": np.ones((16, 8), np.float32), "none": np.ones((0, 3), np.float32)}
+    state, total = step(state, np.ones((8, 4), np.float32))
+    assert state["none"].shape == (0, 3) and float(total) == 0
+
+
 def test_a_jitted_step_with_static_and_keyword_arguments() -> None:
     def scaled(w: jax.Array, power: int, *, x: jax.Array) -> Any:
         return w - 0.1 * jnp.mean(x) ** power, jnp.sum(w)
