@@ -279,11 +279,11 @@ def contraction(draw: _Draw) -> Line | None:
         (tuple(i for i, _ in part), tuple(j for _, j in part))
         for part in (summed, batch)
     )
-    return Line(
-        f"dot_general {numbers}",
-        lambda a, b: 0.3 * lax.dot_general(a, b, numbers),
-        (x, y),
-    )
+
+    def fun(a: jax.Array, b: jax.Array) -> jax.Array:
+        return 0.3 * lax.dot_general(a, b, numbers)
+
+    return Line(f"dot_general {numbers}", fun, (x, y))
 
 
 REDUCE: dict[str, Fun] = {
@@ -740,7 +740,11 @@ def _switch(draw: _Draw, x: int, y: int) -> Line:
         _titled("switch", inner),
         lambda x, y: lax.switch(
             jnp.int32(3 * jax.nn.sigmoid(jnp.mean(y))),
-            [lambda x, y: x, lambda x, y: _like(x, inner.forward(x, y)[0]), lambda x, y: -x],
+            [
+                lambda x, y: x,
+                lambda x, y: _like(x, inner.forward(x, y)[0]),
+                lambda x, y: -x,
+            ],
             x,
             y,
         ),

@@ -24,6 +24,7 @@ BELOW_API = {
     "options": "errors",
     "ir": "errors",
     "rules": "errors ir",
+    "extend": "errors rules",
     "compat": "errors",
     "trace": "errors ir rules compat",
     "cluster": "errors ir",
@@ -40,12 +41,14 @@ MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
     "cli": {*BELOW_API, "api", ROOT},
     ROOT: {*BELOW_API, "api", "cli"},
 }
-WITHOUT_JAX = set("ir rules cluster cost search plan report options errors".split())
+WITHOUT_JAX = set(
+    "ir rules extend cluster cost search plan report options errors".split()
+)
 JAX = {"jax", "jaxlib", "flax", "optax"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 READS_ENVIRONMENT = {"cli.py", "compat.py", "verify/child.py", "verify/compile_only.py"}
 NO_FAMILY = {
-    "rules": {"__init__", "notation", "registry"},
+    "rules": {"__init__", "notation", "registry", "stated"},
     "lower/local": {"__init__", "shard", "registry"},
 }
 

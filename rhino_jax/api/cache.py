@@ -38,7 +38,7 @@ def key_of(traced: Traced, cluster: Cluster, options: Options) -> str:
     asked = [
         f"{name}={getattr(options, name)!r}"
         for name in options.__dataclass_fields__
-        if name not in ("cache_dir", "mesh", "pins", "static_argnums")
+        if name not in ("cache_dir", "mesh", "pins", "rules", "static_argnums")
     ]
     mesh = getattr(options.mesh, "shape", options.mesh)
     pins = sorted((str(key), str(spec)) for key, spec in options.pins.items())
