@@ -35,6 +35,7 @@ from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.choose import default_meshes, plan_recipe
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched
+from rhino_jax.search.notes import plan_notes
 from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.remat import NONE, apply_remat
 from rhino_jax.search.specs import Spec
@@ -160,6 +161,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         microbatches=best.microbatches,
         predicted=_predicted(best, limit),
         notes=found.notes,
+        cluster=cluster,
     )
     return replace(planned, cluster=cluster)
 
@@ -223,6 +225,7 @@ def _planned(
     jax_mesh: Any,
     remat: tuple[tuple[str, str], ...] = (),
     notes: Sequence[str] = (),
+    cluster: Cluster | None = None,
     **more: Any,
 ) -> Planned:
     plan = make_plan(
@@ -237,7 +240,15 @@ def _planned(
         made_with=(("jax", jax.__version__),),
         **more,
     )
-    plan = replace(plan, notes=(*plan.notes, *notes))
+    predicted = plan.predicted
+    said = plan_notes(
+        traced.program,
+        assignment,
+        mesh,
+        cluster,
+        predicted.step_seconds if predicted and cluster else 0.0,
+    )
+    plan = replace(plan, notes=(*said, *notes))
     return Planned(plan, traced, _laid(jax_mesh, mesh, options))
 
 
