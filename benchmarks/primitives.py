@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
+
 from benchmarks.functions import steps
+from rhino_jax.ir.program import Op
 from rhino_jax.rules import RULES, rule_of
-from rhino_jax.rules.notation import whole
 from rhino_jax.rules.registry import FAMILIES
 from rhino_jax.rules.stated import stated_in
 from rhino_jax.trace.reader import BODIES, INLINED, read_jaxpr
@@ -24,8 +25,8 @@ HEAD = """# Primitives
 
 Written by `python -m benchmarks.primitives`, which traces {functions} public functions
 of JAX {version}. For every primitive: the family (`rhino_jax/rules/`, with its local
-form of the same name in `rhino_jax/lower/local/`), and its rule in the first place that
-it was met.
+form of the same name in `rhino_jax/lower/local/`), and its rule where it was met
+with the most dimensions.
 
 A rule is read like an einsum: a letter is one loop, `(ab)` a dimension that is a
 product. A letter with nothing said of it is *parallel*. *reduction=sum*: a split leaves
@@ -44,11 +45,18 @@ class Census:
     functions: int = 0
     rules: dict[str, str] = field(default_factory=dict)
     how: dict[str, str] = field(default_factory=dict)
-    met: Counter[str] = field(default_factory=Counter)
 
     @property
     def without_a_rule(self) -> list[str]:
         return [kind for kind, how in self.how.items() if how == "whole, no rule"]
+
+
+def how(op: Op) -> str:
+    """How an op of this kind is planned."""
+    if op.kind in RULES:
+        return "whole" if RULES[op.kind].__name__ == "_whole" else "by hand"
+    stated = stated_in(op)
+    return stated.origin if stated else "whole, no rule"
 
 
 def census() -> Census:
@@ -58,34 +66,26 @@ def census() -> Census:
         found.functions += 1
         program, _ = read_jaxpr(closed)
         for inner, op in program.walk():
-            found.met[op.kind] += 1
-            if op.programs or op.kind in found.rules:
+            if op.programs:
                 continue
-            rule = rule_of(inner, op)
-            found.rules[op.kind] = rule.text
-            stated = stated_in(op)
-            if op.kind in RULES:
-                same = whole(inner.operand_values(op), inner.result_values(op))
-                found.how[op.kind] = "whole" if rule == same else "by hand"
-            else:
-                found.how[op.kind] = stated.origin if stated else "whole, no rule"
+            text = rule_of(inner, op).text
+            if len(text) > len(found.rules.get(op.kind, "")):
+                found.rules[op.kind] = text
+                found.how[op.kind] = how(op)
     return found
 
 
-def markdown() -> str:
+def markdown(found: Census) -> str:
     """The text of ``docs/primitives.md``."""
-    import jax
-
-    found = census()
     lines = [HEAD.format(functions=found.functions, version=jax.__version__)]
     for family in FAMILIES:
         name = family.__name__.rsplit(".", 1)[-1]
         lines += [f"## {name}", "", "| primitive | planned | rule |", "|---|---|---|"]
         for kind in sorted(family.RULES):
             rule = found.rules.get(kind)
-            how = found.how.get(kind, "by hand")
-            shown = f"`{rule}`" if rule else "(no function of the table has it)"
-            lines.append(f"| {kind} | {how} | {shown} |")
+            planned = how(Op(kind, (), ()))
+            shown = f"`{rule}`" if rule else "(in no function of the table)"
+            lines.append(f"| {kind} | {planned} | {shown} |")
         lines.append("")
     others = sorted(set(found.rules) - set(RULES))
     lines += ["## What no family knows", ""]
@@ -111,5 +111,5 @@ def _names(kinds: object) -> str:
 
 
 if __name__ == "__main__":
-    PLACE.write_text(markdown())
+    PLACE.write_text(markdown(census()))
     print(f"{PLACE} written")

@@ -18,7 +18,7 @@ from benchmarks.random_programs import random_program
 from rhino_jax.ir.mesh import Mesh
 
 MESH = Mesh.of(x=2, y=4)
-PROGRAMS, TOGETHER = 104, 8
+PROGRAMS, TOGETHER = 104, 13
 
 
 @settings(
@@ -32,7 +32,10 @@ PROGRAMS, TOGETHER = 104, 8
 def test_random_programs(seed: int) -> None:
     rng = Random(seed)
     with jax.enable_x64(True):
-        programs = [random_program(rng, most_lines=5) for _ in range(TOGETHER)]
+        programs = [
+            random_program(rng, most_lines=3, depth=1 + (n % 6 > 0))
+            for n in range(TOGETHER)
+        ]
     check(programs, rng, MESH)
 
 
