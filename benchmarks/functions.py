@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import io_callback
 from jax.scipy import linalg as slinalg
 from jax.scipy import special, stats
 
@@ -255,3 +257,183 @@ def _called(
 ) -> Any:
     assert len(arrays) == count
     return fun(*arrays, *given, **keywords)
+
+
+def _conv(**more: Any) -> Callable[..., Any]:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lambda x, w: lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=numbers, **more
+    )
+
+
+def _pool(fun: Any, start: float) -> Callable[..., Any]:
+    window = (1, 2, 2, 1)
+    return lambda x: lax.reduce_window(x, start, fun, window, window, "VALID")
+
+
+def _grad(fun: Callable[..., Any], at: int = 0) -> Callable[..., Any]:
+    return jax.grad(lambda *args: jnp.sum(jnp.sin(fun(*args))), at)
+
+
+def _reference(x: jax.Array) -> jax.Array:
+    held = jax.new_ref(jnp.zeros(6))
+
+    def turn(i: jax.Array, _: None) -> None:
+        held[...] += x[i]
+
+    lax.fori_loop(0, 8, turn, None)
+    return jax.freeze(held)
+
+
+@jax.custom_jvp
+def _by_jvp(x: jax.Array) -> jax.Array:
+    return jnp.sin(x)
+
+
+_by_jvp.defjvp(lambda xs, ts: (jnp.sin(xs[0]), ts[0] * jnp.cos(xs[0])))
+
+
+@jax.custom_vjp
+def _by_vjp(x: jax.Array) -> jax.Array:
+    return jnp.sin(x)
+
+
+_by_vjp.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+
+
+def _called_back(x: np.ndarray) -> np.ndarray:
+    return np.sin(x)
+
+
+WRITTEN: Mapping[str, Call] = {
+    "convolution": (_conv(), (IMAGE, FILTER)),
+    "convolution, dilated": (_conv(rhs_dilation=(2, 2)), (IMAGE, FILTER)),
+    "convolution, gradient for the image": (_grad(_conv()), (IMAGE, FILTER)),
+    "convolution, gradient for the weight": (_grad(_conv(), 1), (IMAGE, FILTER)),
+    "convolution transposed": (
+        lambda x, w: lax.conv_transpose(x, w, (2, 2), "SAME"),
+        (IMAGE, FILTER),
+    ),
+    "pooling, maximum": (_pool(lax.max, -jnp.inf), (IMAGE,)),
+    "pooling, minimum": (_pool(lax.min, jnp.inf), (IMAGE,)),
+    "pooling, sum": (_pool(lax.add, 0.0), (IMAGE,)),
+    "pooling, any function": (_pool(lambda a, b: a * b + 1, 0.0), (IMAGE,)),
+    "pooling, gradient": (_grad(_pool(lax.max, -jnp.inf)), (IMAGE,)),
+    "pooling, its jvp": (
+        lambda x: jax.jvp(_pool(lax.max, -jnp.inf), (x,), (x,)),
+        (IMAGE,),
+    ),
+    "reduce": (
+        lambda x: lax.reduce(x, np.float32(0), lambda a, b: a * b + 1, (0,)),
+        (X,),
+    ),
+    "index": (lambda x, i: x[i], (X, J)),
+    "index, gradient": (_grad(lambda x, i: x[i]), (X, J)),
+    "at set": (lambda x, i: x.at[i].set(1), (X, J)),
+    "at add": (lambda x, i: x.at[i].add(1), (X, J)),
+    "at subtract": (lambda x, i: x.at[i].subtract(1), (X, J)),
+    "at mul": (lambda x, i: x.at[i].mul(2), (X, J)),
+    "at min": (lambda x, i: x.at[i].min(0), (X, J)),
+    "at max": (lambda x, i: x.at[i].max(0), (X, J)),
+    "at apply": (lambda x, i: x.at[i].apply(jnp.sin), (X, J)),
+    "take_along_axis": (lambda x, i: jnp.take_along_axis(x, i % 6, 1), (X, I)),
+    "dynamic_slice": (lambda x, n: lax.dynamic_slice(x, (n, 0), (2, 6)), (X, N)),
+    "dynamic_update_slice": (
+        lambda x, n: lax.dynamic_update_slice(x, x[:2], (n, 0)),
+        (X, N),
+    ),
+    "segment_sum": (lambda x, i: jax.ops.segment_sum(x[:5], i, 4), (X, J)),
+    "segment_max": (lambda x, i: jax.ops.segment_max(x[:5], i, 4), (X, J)),
+    "segment_prod": (lambda x, i: jax.ops.segment_prod(x[:5], i, 4), (X, J)),
+    "ragged_dot": (
+        lambda x, w, counts: lax.ragged_dot(x, w, counts),
+        (X, B, jax.ShapeDtypeStruct((4,), jnp.int32)),
+    ),
+    "einsum": (lambda x, w: jnp.einsum("ij,bjk->bik", x, w), (X, B)),
+    "sort of two": (lambda x, i: lax.sort((x, i), num_keys=1), (X, I)),
+    "bitcast": (lambda x: lax.bitcast_convert_type(x, jnp.uint8), (X,)),
+    "scan": (lambda x: lax.scan(lambda c, r: (c + r, c * r), x[0], x), (X,)),
+    "scan, gradient": (
+        _grad(lambda x: lax.scan(lambda c, r: (jnp.sin(c + r), c), x[0], x)[0]),
+        (X,),
+    ),
+    "while": (
+        lambda x: lax.while_loop(lambda c: jnp.sum(c) < 9, lambda c: c + 1, x),
+        (X,),
+    ),
+    "while under vmap": (
+        jax.vmap(lambda x: lax.while_loop(lambda c: jnp.sum(c) < 9, jnp.exp, x)),
+        (X,),
+    ),
+    "fori_loop": (lambda x: lax.fori_loop(0, 3, lambda i, c: c + i, x), (X,)),
+    "cond": (lambda x: lax.cond(jnp.sum(x) > 0, jnp.sin, jnp.cos, x), (X,)),
+    "switch": (lambda n, x: lax.switch(n, [jnp.sin, jnp.cos, jnp.tan], x), (N, X)),
+    "map": (lambda x: lax.map(jnp.sin, x), (X,)),
+    "associative_scan": (lambda x: lax.associative_scan(jnp.add, x), (X,)),
+    "checkpoint": (_grad(jax.checkpoint(jnp.sin)), (X,)),
+    "checkpoint_name": (lambda x: checkpoint_name(x, "here"), (X,)),
+    "custom_jvp": (_grad(_by_jvp), (X,)),
+    "custom_vjp": (_by_vjp, (X,)),
+    "custom_root": (
+        lambda x: lax.custom_root(
+            lambda y: y - jnp.sin(x), x, lambda f, y: jnp.sin(x), lambda g, y: y
+        ),
+        (X,),
+    ),
+    "cg": (
+        lambda s, v: jax.scipy.sparse.linalg.cg(lambda u: s @ s.T @ u + u, v)[0],
+        (S, V),
+    ),
+    "reference": (_reference, (X,)),
+    "debug.print": (lambda x: (jax.debug.print("{}", x), x)[1], (X,)),
+    "debug.callback": (lambda x: (jax.debug.callback(print, x), x)[1], (X,)),
+    "pure_callback": (lambda x: jax.pure_callback(_called_back, X, x), (X,)),
+    "io_callback": (lambda x: io_callback(_called_back, X, x), (X,)),
+    "device_put": (jax.device_put, (X,)),
+    "platform_dependent": (
+        lambda x: lax.platform_dependent(x, cpu=jnp.sin, default=jnp.cos),
+        (X,),
+    ),
+    "seed": (lambda n: jax.random.key_data(jax.random.key(n)), (N,)),
+    "wrap": (
+        jax.random.wrap_key_data,
+        (jax.ShapeDtypeStruct((3, 2), jnp.uint32),),
+    ),
+    "rng_bit_generator": (
+        lambda k: lax.rng_bit_generator(k, (8, 6)),
+        (jax.ShapeDtypeStruct((4,), jnp.uint32),),
+    ),
+    "rng_uniform": (lambda: lax.rng_uniform(0.0, 1.0, (8, 6)), ()),
+    "dot_product_attention": (
+        lambda x: jax.nn.dot_product_attention(x, x, x, is_causal=True),
+        (jax.ShapeDtypeStruct((2, 8, 4, 6), jnp.float32),),
+    ),
+    "lu_pivots_to_permutation": (
+        lambda x: lax.linalg.lu(x)[2],
+        (B,),
+    ),
+    "qr, reduced": (lambda x: lax.linalg.qr(x, full_matrices=False), (B,)),
+    "qr with pivoting": (lambda x: slinalg.qr(x, pivoting=True), (S,)),
+    "hessenberg": (lax.linalg.hessenberg, (S,)),
+    "tridiagonal": (lambda x: lax.linalg.tridiagonal(x, lower=True), (B,)),
+    "tridiagonal_solve": (
+        lambda v, b: lax.linalg.tridiagonal_solve(v, v, v, b[:, :2]),
+        (V, S),
+    ),
+    "householder_product": (lax.linalg.householder_product, (S, V)),
+    "symmetric_product": (lax.linalg.symmetric_product, (S, S)),
+    "cholesky_update": (lax.linalg.cholesky_update, (S, V)),
+}
+"""What takes more than a name: windows, indices, loops, callbacks, references."""
+
+
+def every_call() -> Iterator[tuple[str, Call]]:
+    """All functions of the table, with a title."""
+    yield from by_name()
+    yield from WRITTEN.items()
+
+
+def steps() -> Iterator[tuple[str, Any]]:
+    """The traced jaxpr of every function."""
+    for title, (fun, args) in every_call():
+        yield title, jax.jit(fun).trace(*args).jaxpr

@@ -100,11 +100,14 @@ def is_int(x: Any) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.integer))
 
 
-def random_program(rng: Random, most_lines: int = 8) -> RandomProgram:
-    """A program of 3 to ``most_lines`` lines, a third of them differentiated."""
+def random_program(rng: Random, most_lines: int = 8, depth: int = 0) -> RandomProgram:
+    """A program of 3 to ``most_lines`` lines, a third of them differentiated.
+
+    At a ``depth`` of 1 loops hold no loops; at 2 there are none.
+    """
     inputs = [Aval(_shape(rng), jnp.result_type(float)) for _ in range(2)]
     inputs.append(Aval(_shape(rng), jnp.int32))
-    lines = _lines(rng, inputs, rng.randint(3, most_lines), 0)
+    lines = _lines(rng, inputs, rng.randint(3, most_lines), depth)
     total = len(inputs) + len(lines)
     outputs = tuple(sorted({total - 1, rng.randrange(len(inputs), total)}))
     return RandomProgram(tuple(inputs), lines, outputs, rng.random() < 0.34)
@@ -279,11 +282,11 @@ def contraction(draw: _Draw) -> Line | None:
         (tuple(i for i, _ in part), tuple(j for _, j in part))
         for part in (summed, batch)
     )
-    return Line(
-        f"dot_general {numbers}",
-        lambda a, b: 0.3 * lax.dot_general(a, b, numbers),
-        (x, y),
-    )
+
+    def fun(a: jax.Array, b: jax.Array) -> jax.Array:
+        return 0.3 * lax.dot_general(a, b, numbers)
+
+    return Line(f"dot_general {numbers}", fun, (x, y))
 
 
 REDUCE: dict[str, Fun] = {
@@ -740,7 +743,11 @@ def _switch(draw: _Draw, x: int, y: int) -> Line:
         _titled("switch", inner),
         lambda x, y: lax.switch(
             jnp.int32(3 * jax.nn.sigmoid(jnp.mean(y))),
-            [lambda x, y: x, lambda x, y: _like(x, inner.forward(x, y)[0]), lambda x, y: -x],
+            [
+                lambda x, y: x,
+                lambda x, y: _like(x, inner.forward(x, y)[0]),
+                lambda x, y: -x,
+            ],
             x,
             y,
         ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,25 @@ def bind(eqn: Any, args: Sequence[Any], changed: dict[str, Any]) -> Any:
     params = {**eqn.params, **changed}
     found = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params))
     return list(found) if isinstance(found, FlatTree) else found
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Stands where a primitive does, and runs a function of the user's."""
+
+    name: str
+    fun: Callable[..., Any]
+
+    def get_bind_params(self, params: dict[str, Any]) -> dict[str, Any]:
+        return params
+
+    def bind(self, *args: Any, **params: Any) -> Any:
+        return self.fun(*args)
+
+
+def with_form(eqn: Any, fun: Callable[..., Any]) -> Any:
+    """``eqn`` with ``fun``, a function of its operands, in place of its primitive."""
+    return eqn.replace(primitive=_Form(eqn.primitive.name, fun))
 
 
 @contextlib.contextmanager

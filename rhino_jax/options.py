@@ -51,6 +51,8 @@ class Options:
             sharding constraints, left to XLA's partitioner).
         donate: give the old state's buffers to the new state.
         static_argnums: positions of arguments that are no arrays.
+        rules: name of an op to its rule, ``"bij,jk->bik"`` or an
+            :class:`rhino_jax.extend.OpRule`; before those of ``register_rule``.
 
     Raises:
         OptionsError: an option out of range, all of them at once.
@@ -71,6 +73,7 @@ class Options:
     lowering: str = "manual"
     donate: bool = True
     static_argnums: tuple[int, ...] = ()
+    rules: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __post_init__(self) -> None:
         found = []
@@ -91,6 +94,8 @@ class Options:
                 found.append(f"{name}={given!r}: a whole number of at least 1, or None")
         if not isinstance(self.pins, Mapping):
             found.append(f"pins must map tree paths to PartitionSpecs: {self.pins!r}")
+        if not isinstance(self.rules, Mapping):
+            found.append(f"rules must map names of ops to rules: {self.rules!r}")
         if not isinstance(self.cluster, str):
             found.append(f"cluster must be a string like 'h100:2x8': {self.cluster!r}")
         found += self._schedule_problems()

@@ -301,7 +301,7 @@ def make_plan(
     output_paths: tuple[str, ...],
     **more: Any,
 ) -> Plan:
-    """A Plan from an assignment: its leaves, its collectives and its notes."""
+    """A Plan from an assignment: its leaves and its collectives."""
     consts = len(program.inputs) - len(input_paths)
     names = (*input_paths, *(f"constant {i}" for i in range(consts)))
 
@@ -321,7 +321,6 @@ def make_plan(
         leaves(program.outputs, output_paths, assignment.outputs),
         assignment,
         tuple(collectives(program, assignment)),
-        notes=tuple(_fallbacks(program, assignment)),
         ops=tuple(op_keys(program)),
         **more,
     )
@@ -382,23 +381,6 @@ def _of_move(
                 str(op.where) if op else "",
                 op.where.name_stack if op else "",
             )
-
-
-def _fallbacks(program: Program, assignment: Assignment) -> Iterator[str]:
-    """One note for each kind of op that runs whole for want of a rule."""
-    found: dict[str, list[int]] = {}
-
-    def walk(program: Program, assignment: Assignment) -> None:
-        for op, plan in zip(program.ops, assignment.ops, strict=True):
-            if plan.note:
-                sent = sum(move.wire_bytes for move in (*plan.before, *plan.after))
-                found.setdefault(f"{op.kind}: {plan.note}", []).append(sent)
-            for inner, body in zip(op.programs, plan.inner, strict=True):
-                walk(inner, body)
-
-    walk(program, assignment)
-    for what, sent in sorted(found.items()):
-        yield f"{what} ({len(sent)} times, {sum(sent)} bytes moved for it)"
 
 
 # ---- JSON -------------------------------------------------------------------------

@@ -25,6 +25,7 @@ BELOW_API = {
     "options": "errors schedule",
     "ir": "errors",
     "rules": "errors ir",
+    "extend": "errors rules",
     "compat": "errors",
     "trace": "errors ir rules compat",
     "cluster": "errors ir",
@@ -43,7 +44,7 @@ MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
     ROOT: {*BELOW_API, "api", "cli"},
 }
 WITHOUT_JAX = set(
-    "ir rules cluster cost search plan report options errors schedule".split()
+    "ir rules extend cluster cost search plan report options errors schedule".split()
 )
 JAX = {"jax", "jaxlib", "flax", "optax"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
@@ -53,7 +54,7 @@ READS_ENVIRONMENT = {
     *("verify/child.py", "verify/compile_only.py"),
 }
 NO_FAMILY = {
-    "rules": {"__init__", "notation", "registry"},
+    "rules": {"__init__", "notation", "registry", "stated"},
     "lower/local": {"__init__", "shard", "registry"},
 }
 

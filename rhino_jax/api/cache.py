@@ -56,7 +56,7 @@ def asked(options: Options) -> dict[str, str]:
     said = {
         name: repr(getattr(options, name))
         for name in options.__dataclass_fields__
-        if name not in ("cache_dir", "mesh", "pins", "static_argnums")
+        if name not in ("cache_dir", "mesh", "pins", "rules", "static_argnums")
     }
     mesh = getattr(options.mesh, "shape", options.mesh)
     pins = sorted((str(key), str(spec)) for key, spec in options.pins.items())

@@ -32,6 +32,7 @@ from rhino_jax.errors import (
     TraceError,
     problems,
 )
+from rhino_jax.extend import OpRule, registered
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
 from rhino_jax.ir.program import Program
@@ -43,6 +44,7 @@ from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.choose import default_meshes, plan_recipe
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched, rows_together
+from rhino_jax.search.notes import plan_notes
 from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.remat import NONE, apply_remat
 from rhino_jax.search.specs import Spec
@@ -73,8 +75,17 @@ def traced_bare(
 ) -> Traced:
     """``fun`` traced on shapes: where the arguments lie now must not matter."""
     bare = {name: _bare(tree) for name, tree in kwargs.items()}
+    given = {
+        name: rule if isinstance(rule, OpRule) else OpRule(rule)
+        for name, rule in options.rules.items()
+    }
     return trace(
-        fun, [_bare(a) for a in args], bare, options.static_argnums, options.donate
+        fun,
+        [_bare(a) for a in args],
+        bare,
+        options.static_argnums,
+        options.donate,
+        {**registered(), **given},
     )
 
 
@@ -206,6 +217,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         stages=stages,
         predicted=predicted,
         notes=(*notes, *found.notes),
+        cluster=share,
     )
     return replace(planned, cluster=share)
 
@@ -288,6 +300,7 @@ def _planned(
     jax_mesh: Any,
     remat: tuple[tuple[str, str], ...] = (),
     notes: Sequence[str] = (),
+    cluster: Cluster | None = None,
     **more: Any,
 ) -> Planned:
     plan = make_plan(
@@ -302,7 +315,15 @@ def _planned(
         made_with=(("jax", jax.__version__),),
         **more,
     )
-    plan = replace(plan, notes=(*plan.notes, *notes))
+    predicted = plan.predicted
+    said = plan_notes(
+        traced.program,
+        assignment,
+        mesh,
+        cluster,
+        predicted.step_seconds if predicted and cluster else 0.0,
+    )
+    plan = replace(plan, notes=(*said, *notes))
     return planned_of(plan, traced, _laid(jax_mesh, plan.whole_mesh, options))
 
 

@@ -368,11 +368,13 @@ def parse_rule(
     kinds: Mapping[str, str] | None = None,
     operators: Mapping[str, str] | None = None,
     flows: Sequence[Flow] = (),
+    sizes: Mapping[str, int] | None = None,
 ) -> Rule:
     """A rule from the einsum-like notation and the shapes of an op.
 
     A factor in no result is a sum reduction unless ``kinds``/``operators`` say
-    otherwise. Raises :class:`RuleError` with a caret under the fault.
+    otherwise. ``sizes`` are those that do not follow from the shapes. Raises
+    :class:`RuleError` with a caret under the fault.
 
     >>> parse_rule("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)], [(2, 3, 5)]).text
     'bij,bjk->bik {j:reduction=sum}'
@@ -397,10 +399,10 @@ def parse_rule(
             parsed.append(_parse_dims(value, text, start))
             start += len(value) + 1
         sides.append(tuple(parsed))
-    sizes = _sizes(sides[0] + sides[1], (*operands, *results), text)
+    known = _sizes(sides[0] + sides[1], (*operands, *results), text, sizes or {})
     in_results = {n for dims in sides[1] for dim in dims for n in dim}
     factors = []
-    for name, size in sizes.items():
+    for name, size in known.items():
         kind = (kinds or {}).get(name, PARALLEL if name in in_results else REDUCTION)
         default = "sum" if kind in (REDUCTION, INDEXED) else ""
         if name in in_results:
@@ -429,10 +431,13 @@ def _parse_dims(value: str, text: str, start: int) -> Dims:
 
 
 def _sizes(
-    values: Sequence[Dims], shapes: Sequence[tuple[int, ...]], text: str
+    values: Sequence[Dims],
+    shapes: Sequence[tuple[int, ...]],
+    text: str,
+    given: Mapping[str, int],
 ) -> dict[str, int]:
     order = list(dict.fromkeys(n for dims in values for dim in dims for n in dim))
-    known: dict[str, int] = {}
+    known: dict[str, int] = {**given}
     for _ in range(len(order) + 1):
         for dims, shape in zip(values, shapes, strict=True):
             if len(dims) != len(shape):

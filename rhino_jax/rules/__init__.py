@@ -7,4 +7,5 @@ A rule is a function of the op and the values it reads and makes, and gives a
 
 from rhino_jax.rules.registry import HEAVY as HEAVY
 from rhino_jax.rules.registry import RULES as RULES
+from rhino_jax.rules.registry import note_of as note_of
 from rhino_jax.rules.registry import rule_of as rule_of

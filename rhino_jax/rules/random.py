@@ -49,6 +49,13 @@ def _draw(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
     return Rule(tuple(factors), (plain(batch),), (plain((*batch, *drawn)),))
 
 
+def is_drawn_whole(op: Op, reads: Sequence[Value]) -> bool:
+    """Whether ``op`` draws bits that no shard can draw alone."""
+    if op.kind == "random_bits":
+        return reads[0].dtype != THREEFRY
+    return op.kind in ("rng_bit_generator", "rng_uniform")
+
+
 def _key_by_key(known: Sequence[str]) -> RuleFn:
     """Each key for itself, where the generator is one of ``known``."""
 

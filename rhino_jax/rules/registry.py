@@ -27,6 +27,7 @@ from rhino_jax.rules import (
     sorting,
 )
 from rhino_jax.rules.notation import RuleFn, whole
+from rhino_jax.rules.stated import rule_in, stated_in
 
 FAMILIES: tuple[ModuleType, ...] = (
     elementwise,
@@ -81,6 +82,17 @@ def rule_of(program: Program, op: Op) -> Rule:
     )
 
 
+WHOLE = "no rule: run whole"
+
+
+def note_of(op: Op) -> str:
+    """What a plan says of an op that no family knows; "" of all others."""
+    stated = stated_in(op)
+    if stated is not None:
+        return f"planned by {stated.origin}: {stated.text}"
+    return "" if op.kind in RULES else WHOLE
+
+
 def _that_adds_up(rule: Rule, reads: Sequence[Value]) -> Rule:
     """``rule`` without the flows of what has no such terms.
 
@@ -114,9 +126,13 @@ def _rule(
 ) -> Rule:
     reads = tuple(Value(shape, dtype, literal=n) for shape, dtype, n in operands)
     makes = tuple(Value(shape, dtype, literal=n) for shape, dtype, n in results)
+    op = Op(kind, (), (), params)
+    stated = stated_in(op)
+    if stated is not None:
+        return rule_in(stated, reads, makes)
     if kind not in RULES:
         return whole(reads, makes)
-    rule = _that_adds_up(RULES[kind](Op(kind, (), (), params), reads, makes), reads)
+    rule = _that_adds_up(RULES[kind](op, reads, makes), reads)
     found = rule.problems([v.shape for v in reads], [v.shape for v in makes])
     if found:
         raise RuleError(f"rule of {kind}: " + "; ".join(found))

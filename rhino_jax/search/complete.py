@@ -18,7 +18,7 @@ from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.ir.steps import Move
-from rhino_jax.rules import RULES, rule_of
+from rhino_jax.rules import note_of, rule_of
 from rhino_jax.search.follow import choose, rows_over
 from rhino_jax.search.hints import backward_hints, pulled, rows_of_slices
 from rhino_jax.search.specs import pin_of, spec_layout
@@ -141,9 +141,8 @@ class _Run:
         if op.programs:
             return self._finish(op, None, CONTROL[op.kind](self, op))
         rule = rule_of(self.program, op)
-        note = "" if op.kind in RULES else "no rule: run whole"
         choice = choose(self.state, op, rule, self.request.data_axes)
-        return self._finish(op, rule, OpPlan(choice, note=note))
+        return self._finish(op, rule, OpPlan(choice, note=note_of(op)))
 
     def _finish(self, op: Op, rule: Rule | None, plan: OpPlan) -> OpPlan:
         """Write the moves of operands and results, and note what came out."""

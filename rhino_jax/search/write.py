@@ -18,7 +18,7 @@ from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.ir.steps import Move
-from rhino_jax.rules import RULES, rule_of
+from rhino_jax.rules import note_of, rule_of
 from rhino_jax.search.domains import Meaning
 from rhino_jax.search.energy import Energy
 from rhino_jax.search.graph import Endpoint, Facts, Graph, Path, batch_inputs, group_of
@@ -91,8 +91,8 @@ class _Writer:
         else:
             choice = self.answer[self.graph.sites[frame.path, index]].choice
             assert choice is not None
-            note = "" if op.kind in RULES else "no rule: run whole"
-            plan, rule = OpPlan(choice, note=note), rule_of(program, op)
+            plan = OpPlan(choice, note=note_of(op))
+            rule = rule_of(program, op)
         wanted, given = boundary(program, op, plan, rule)
         before = [
             move

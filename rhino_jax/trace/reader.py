@@ -21,7 +21,10 @@ from jax.sharding import PartitionSpec, Sharding
 from rhino_jax import compat
 from rhino_jax.ir.check import check
 from rhino_jax.ir.program import Op, Plain, Program, Value, Where
+from rhino_jax.rules import RULES
 from rhino_jax.rules.placing import CONSTRAINTS
+from rhino_jax.rules.stated import PARAM
+from rhino_jax.trace.fallback import fallback_rule, registered_rule
 from rhino_jax.trace.hoist import HOIST, Call
 from rhino_jax.trace.rewrite import rewritten
 
@@ -83,11 +86,16 @@ def read_jaxpr(
     name: str = "step",
     input_names: Sequence[str] = (),
     place: tuple[str, int] = ("", 0),
+    rules: Mapping[str, Any] | None = None,
 ) -> tuple[Program, tuple[Any, ...]]:
     """The Program of a closed jaxpr, and the constants that follow its inputs.
 
     A constant that is read in several places, nested Programs included, is one input.
-    ``place`` is the file and line of what knows none itself.
+    ``place`` is the file and line of what knows none itself, ``rules`` are the user's
+    own for ops (:mod:`rhino_jax.extend`).
+
+    Raises:
+        RuleError: a rule of the user's does not fit its op.
     """
     closed = compat.without_references(closed)
     builder = _Builder()
@@ -95,7 +103,9 @@ def read_jaxpr(
     for i, var in enumerate(closed.jaxpr.invars):
         label = input_names[i] if i < len(input_names) else ""
         env[var] = builder.value(var.aval, label)
-    reader = _Reader(builder, [env[var] for var in closed.jaxpr.invars], place)
+    reader = _Reader(
+        builder, [env[var] for var in closed.jaxpr.invars], place, rules or {}
+    )
     env.update(reader.constants(closed.jaxpr, closed.consts))
     outputs = reader.equations(closed.jaxpr, env, "")
     program = Program(
@@ -113,6 +123,7 @@ class _Reader:
     builder: _Builder
     inputs: list[int]
     place: tuple[str, int]
+    rules: Mapping[str, Any]
     consts: list[Any] = field(default_factory=list)
     known: dict[int, int] = field(default_factory=dict)
 
@@ -127,8 +138,11 @@ class _Reader:
         for eqn in jaxpr.eqns:
             ins = [read(var) for var in eqn.invars]
             kind = eqn.primitive.name
-            inner = eqn.params[INLINED[kind]] if kind in INLINED else rewritten(eqn)
-            if inner is not None:
+            own = registered_rule(eqn, self.rules, self._named(eqn))
+            if own is not None:
+                call = Call([], ins, _params(eqn, kind, ()) | {PARAM: own[0].plain})
+                outs = self._emit(own[1], kind, call, stack)
+            elif (inner := _inner(eqn)) is not None:
                 outs = self._inline(eqn, inner, ins, stack)
             else:
                 outs = self._op(eqn, kind, ins, stack)
@@ -166,15 +180,24 @@ class _Reader:
         found = compat.source_line(eqn)
         return found if found[0] else self.place
 
+    def _named(self, eqn: Any) -> str:
+        file, line = self._line(eqn)
+        return f"{file}:{line}"
+
     def _op(self, eqn: Any, kind: str, ins: list[int], stack: str) -> list[int]:
         names = BODIES.get(kind, ())
         call = Call([], ins, _params(eqn, kind, names))
+        if kind not in RULES and not names:
+            stated = fallback_rule(eqn)
+            call.params.update({PARAM: stated.plain} if stated else {})
         hoisted: list[list[int]] = []
         for name in names:
             held = eqn.params[name]
             for inner in held if isinstance(held, tuple | list) else (held,):
                 closed = compat.close(*open_jaxpr(inner))
-                body, consts = read_jaxpr(closed, f"{kind}.{name}", (), self._line(eqn))
+                body, consts = read_jaxpr(
+                    closed, f"{kind}.{name}", (), self._line(eqn), self.rules
+                )
                 taken = body.inputs[len(body.inputs) - len(consts) :]
                 pairs = zip(taken, consts, strict=True)
                 hoisted.append([self._constant(body.values[v], c) for v, c in pairs])
@@ -206,6 +229,12 @@ class _Reader:
             )
         )
         return outs
+
+
+def _inner(eqn: Any) -> Any:
+    """The jaxpr that an equation is read as; None where it is an op."""
+    kind = eqn.primitive.name
+    return eqn.params[INLINED[kind]] if kind in INLINED else rewritten(eqn)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -77,12 +77,14 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     static_argnums: Sequence[int] = (),
     donate: bool = True,
+    rules: Mapping[str, Any] | None = None,
 ) -> Traced:
     """Trace ``fun`` on arrays or ``jax.ShapeDtypeStruct`` leaves.
 
     ``fun`` is a plain function or one jitted by ``jax.jit``, whose static and donated
     arguments stand. Donated are the arguments that it names; where it names none, the
-    state that is found. ``donate=False`` donates nothing.
+    state that is found. ``donate=False`` donates nothing. ``rules`` are the user's for
+    ops of their own (:class:`rhino_jax.extend.OpRule` by name).
 
     Raises:
         TraceError: the step can not be traced as it is written or called. What the
@@ -95,7 +97,7 @@ def trace(
         traced = _trace_jitted(fun, args, keywords, static_argnums)
     else:
         traced = _trace_plain(fun, args, keywords, static_argnums)
-    found = _read(traced, function_name(fun), donate)
+    found = _read(traced, function_name(fun), donate, rules or {})
     return replace(found, static=_baked_in(fun, args, keywords, found.input_paths))
 
 
@@ -177,7 +179,7 @@ def _trace_jitted(
     raise TraceError(f"{name}: {found}")
 
 
-def _read(traced: Any, name: str, donate: bool) -> Traced:
+def _read(traced: Any, name: str, donate: bool, rules: Mapping[str, Any]) -> Traced:
     leaves = jax.tree.leaves_with_path(traced.in_avals)
     _check_leaks(traced.jaxpr, len(leaves), name)
     labels = traced.jaxpr.jaxpr.debug_info.arg_names
@@ -186,7 +188,7 @@ def _read(traced: Any, name: str, donate: bool) -> Traced:
         for label, (path, _) in zip(labels, leaves, strict=True)
     )
     outs = jax.tree.leaves_with_path(traced.out_info)
-    program, constants = read_jaxpr(traced.jaxpr, name, names)
+    program, constants = read_jaxpr(traced.jaxpr, name, names, rules=rules)
     _check_supported(program)
     pairs = state_pairs(
         program, [keys(path) for path, _ in leaves], [keys(path) for path, _ in outs]

@@ -23,6 +23,7 @@ from jax._src.lax.windowed_reductions import (
     _select_and_scatter_add,
 )
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import io_callback
 from jax.extend.random import threefry2x32_p
 
 from rhino_jax.ir.factors import BLOCKED, Rule
@@ -133,6 +134,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "mul by scalar": (lambda x: x * 2.0, X),
     "copy": (lambda x: jnp.array(x, copy=True), X),
     "dot": (jnp.dot, f32(8, 16), f32(16, 12)),
+    "ragged_dot_general": (lax.ragged_dot, f32(8, 6), f32(4, 6, 5), i32(4)),
     "dot by batch": (
         lambda a, b: jnp.einsum("bij,bkj->bik", a, b),
         f32(2, 8, 6),
@@ -225,6 +227,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "slice in the middle": (lambda x: lax.slice(x, (1, 0), (6, 6)), X),
     "pad": (lambda x: lax.pad(x, 0.0, ((1, 2, 0), (0, 0, 0))), X),
     "pad by periods": (lambda x: lax.pad(x, 0.0, ((8, 16, 0), (0, 0, 0))), X),
+    "device_put": (lambda x: jax.device_put(x), X),
     "stack": (lambda x, y: jnp.stack([x, y]), X, X),
     "unstack": (lambda x: jnp.unstack(x, axis=1), f32(8, 3, 6)),
     "concatenate": (lambda x, y: jnp.concatenate([x, y], 1), X, X),
@@ -481,6 +484,11 @@ NO_RULE: dict[str, tuple[Any, ...]] = {
     },
     "regularized_incomplete_beta": (lax.betainc, X, X, X),
     "top_k": (lambda x: lax.top_k(x, 2), X),
+    "mulhi": (lax.mulhi, i32(8, 6), i32(8, 6)),
+    "io_callback": (lambda x: io_callback(np.sin, X, x), X),
+    "pure_callback": (lambda x: jax.pure_callback(np.sin, X, x), X),
+    "debug_callback": (lambda x: jax.debug.callback(print, x), X),
+    "debug_print": (lambda x: jax.debug.print("{}", x), X),
     "rng_uniform": (lambda a, b: lax.rng_uniform(a, b, (8, 6)), f32(), f32()),
     "threefry2x32": (threefry2x32_p.bind, U32, U32, U32, U32),
 }
@@ -504,6 +512,9 @@ UNASKED = set(
     log2 one_minus_square eq_to le_to lt_to
     random_bits random_clone random_fold_in random_seed random_split random_unwrap
     random_wrap copy_p random_gamma_grad rematerialize
+    reciprocal tie geqp3 ormqr philox2x32 philox4x32 threefry4x32 layout_constraint
+    reshard
+    sharding_constraint ffi_call pallas_call platform_index
     """.split()
 )
 

@@ -1,0 +1,105 @@
+"""What a plan says in words: what it could not split, and what it took for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rhino_jax.cluster.topology import Cluster
+from rhino_jax.cost.collectives import step_seconds
+from rhino_jax.cost.compute import op_work
+from rhino_jax.ir.assignment import Assignment, OpPlan
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Op, Program
+from rhino_jax.rules import rule_of
+from rhino_jax.rules.effects import ONCE
+from rhino_jax.rules.random import is_drawn_whole
+from rhino_jax.search.specs import ignored_constraints
+
+
+@dataclass
+class _Cost:
+    """How often ops of one kind run, the bytes moved for them, and their seconds."""
+
+    times: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+def plan_notes(
+    program: Program,
+    assignment: Assignment,
+    mesh: Mesh,
+    cluster: Cluster | None = None,
+    step_seconds: float = 0.0,
+) -> tuple[str, ...]:
+    """One line for everything a reader should know of how a step is carried out.
+
+    With a ``cluster`` and the predicted ``step_seconds`` the ops that no family knows
+    come with their share of the step.
+    """
+    return (
+        *_fallbacks(program, assignment, mesh, cluster, step_seconds),
+        *dict.fromkeys(_remarks(program)),
+        *ignored_constraints(program, mesh),
+    )
+
+
+def _fallbacks(
+    program: Program,
+    assignment: Assignment,
+    mesh: Mesh,
+    cluster: Cluster | None,
+    whole_seconds: float,
+) -> Iterator[str]:
+    """One note for each kind of op that has no rule of ours."""
+    found: dict[str, _Cost] = {}
+
+    def walk(program: Program, assignment: Assignment, turns: int) -> None:
+        for op, plan in zip(program.ops, assignment.ops, strict=True):
+            if plan.note:
+                cost = found.setdefault(f"{op.kind}: {plan.note}", _Cost())
+                moves = (*plan.before, *plan.after)
+                cost.times += turns
+                cost.num_bytes += turns * sum(move.wire_bytes for move in moves)
+                if cluster is not None:
+                    cost.seconds += turns * _seconds(program, op, plan, mesh, cluster)
+            trips = op.param["length"] if op.kind == "scan" else 1
+            for inner, body in zip(op.programs, plan.inner, strict=True):
+                walk(inner, body, turns * trips)
+
+    walk(program, assignment, 1)
+    for what, cost in sorted(found.items()):
+        share = (
+            f", {cost.seconds / whole_seconds:.1%} of the predicted step"
+            if whole_seconds
+            else ""
+        )
+        yield (
+            f"{what} ({cost.times} times a step, {cost.num_bytes} bytes moved for "
+            f"it{share})"
+        )
+
+
+def _seconds(
+    program: Program, op: Op, plan: OpPlan, mesh: Mesh, cluster: Cluster
+) -> float:
+    rule = rule_of(program, op)
+    work = op_work(program, op, rule, plan.choice, mesh, cluster.device)
+    steps = [step for m in (*plan.before, *plan.after) for step in m.steps]
+    sent = sum(step_seconds(s, mesh, cluster) for s in steps if s.wire_bytes)
+    return work.seconds + sent
+
+
+def _remarks(program: Program) -> Iterator[str]:
+    for inner, op in program.walk():
+        if op.kind == "while":
+            yield f"while at {op.where}: its turns are not known, priced as one"
+        elif op.kind in ONCE:
+            sent = ", what it gives is sent to all" if op.results else ""
+            yield f"{op.kind} at {op.where}: run by the first device{sent}"
+        elif is_drawn_whole(op, inner.operand_values(op)):
+            yield (
+                f"{op.kind} at {op.where}: drawn whole on every device; draws of "
+                "threefry keys alone can be split"
+            )
