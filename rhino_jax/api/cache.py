@@ -58,11 +58,12 @@ def key_of(traced: Traced, cluster: Cluster, options: Options) -> str:
 
 @cache
 def sources() -> str:
-    """A hash of the rooms that plan."""
+    """A hash of the rooms that plan, with the profiles that come with them."""
     hasher = hashlib.sha256()
     for room in PLANNING:
         place = PACKAGE / room
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        inside = (*place.rglob("*.py"), *place.rglob("*.json"))
+        for file in sorted(inside) if place.is_dir() else [place]:
             hasher.update(file.relative_to(PACKAGE).as_posix().encode())
             hasher.update(file.read_bytes())
     return hasher.hexdigest()

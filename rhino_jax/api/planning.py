@@ -14,6 +14,7 @@ from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.profiles import kept_profile, profiled
 from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import (
     InfeasibleError,
@@ -123,6 +124,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         ),
     )
     best: Candidate = found.best
+    prices = ("prices", kernels_of(cluster.device).source)
     planned = _planned(
         replace(traced, program=best.subject.program),
         best.assignment,
@@ -133,6 +135,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         microbatches=best.microbatches,
         predicted=_predicted(best, limit),
         notes=found.notes,
+        made_with=(("jax", jax.__version__), prices),
     )
     return replace(planned, cluster=cluster)
 
@@ -207,8 +210,7 @@ def _planned(
         lowering=options.lowering,
         cluster=options.cluster,
         remat=remat,
-        made_with=(("jax", jax.__version__),),
-        **more,
+        **{"made_with": (("jax", jax.__version__),), **more},
     )
     plan = replace(plan, notes=(*plan.notes, *notes))
     return Planned(plan, traced, _laid(jax_mesh, mesh, options))

@@ -89,6 +89,7 @@ BAD: list[tuple[Callable[[Any], object], str]] = [
     (lambda d: d["collectives"][0].update(points=[[9, 2], [10, 1]]), "must not fall"),
     (lambda d: d["collectives"][0].update(kind="all-sum"), "kind 'all-sum'"),
     (lambda d: d["figures"].update(bf16_flops_per_second=-1), "figures: 'bf16"),
+    (lambda d: d.update(traffic=2), "traffic 2"),
     (lambda d: d["curves"].__setitem__(0, 3), r"curves\[0\]: no mapping"),
 ]
 
