@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from rich.table import Table
 import rhino_jax as rhino
 from benchmarks.models import NAMES, build
 from rhino_jax.api.profiles import profiled
+from rhino_jax.cluster import profile as profile_module
 from rhino_jax.cluster.hardware import CATALOGUE, column
 from rhino_jax.cluster.kernels import ARITHMETIC
 from rhino_jax.cluster.links import TORUS_DIMENSIONS
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cluster.profile import COMPILE_ONLY, SHIPPED, shipped
+from rhino_jax.cluster.profile import COMPILE_ONLY, SHIPPED, Profile, shipped
 from rhino_jax.cluster.topology import Cluster, linked
 from rhino_jax.cost.model import Prediction, predict
 from rhino_jax.errors import OptionsError
@@ -90,23 +92,66 @@ def predicted(
     return planned, found
 
 
+def _compiled(name: str, model: str, size: str, depth: int) -> Any:
+    """One device's name, and what its compiler makes of a whole step."""
+    text = f"{name}:" + "x".join("1" * TORUS_DIMENSIONS.get(name, 2))
+    made = build(model, size=size, dtype="bfloat16", depth=depth)
+    planned = rhino.plan(
+        made.train_step,
+        made.state_shapes,
+        made.batch_shapes,
+        cluster=text,
+        recipe="data_parallel",
+        cache_dir="",
+    )
+    target = parse_target(text)
+    options = options_of(target)
+    return text, compile_for(
+        planned.lower(), target, options=options, timeout_seconds=1200
+    )
+
+
 def program_row(name: str, model: str, size: str, depth: int) -> dict[str, Any]:
     """A whole step on one device: predicted compute, and the compiler's prices."""
-    text = f"{name}:" + "x".join("1" * TORUS_DIMENSIONS.get(name, 2))
-    cluster = profiled(parse_cluster(text), COMPILE_ONLY)
-    recipe = {"recipe": "data_parallel"}
-    planned, found = predicted(model, cluster, text, size, depth, **recipe)
-    target = parse_target(text)
-    facts = compile_for(planned.lower(), target, options=options_of(target))
+    text, facts = _compiled(name, model, size, depth)
     if not facts.ok:
         return {"outcome": f"{facts.outcome}: {facts.message[:300]}"}
-    prices = priced(facts.hlo, clock_of(target))
+    cluster = profiled(parse_cluster(text), COMPILE_ONLY)
+    how = {"recipe": "data_parallel"}
+    _, found = predicted(model, cluster, text, size, depth, **how)
+    prices = priced(facts.hlo, clock_of(parse_target(text)))
     return {
         "outcome": "ok",
         "predicted": found.compute_seconds,
         "compiler": sum(one.seconds for one in prices if not one.is_collective),
-        "convolved": "conv_general_dilated" in str(planned.traced.program.ops),
     }
+
+
+def calibrated(name: str, model: str, size: str, depth: int) -> dict[str, Any]:
+    """The share of traffic that makes one program's prediction the compiler's sum.
+
+    Predicted seconds are a straight line in it. Written into the profile at hand.
+    """
+    place = Path(profile_module.__file__).parent / "profiles"
+    file = place / f"{name}.{COMPILE_ONLY}.json"
+    profile = Profile.load(file)
+    text, facts = _compiled(name, model, size, depth)
+    if not facts.ok:
+        return {"outcome": f"{facts.outcome}: {facts.message[:300]}"}
+
+    def seconds(traffic: float) -> float:
+        cluster = replace(profile, traffic=traffic).merged(parse_cluster(text))
+        how = {"recipe": "data_parallel"}
+        return predicted(model, cluster, text, size, depth, **how)[1].compute_seconds
+
+    prices = priced(facts.hlo, clock_of(parse_target(text)))
+    wanted = sum(one.seconds for one in prices if not one.is_collective)
+    most, half = seconds(1.0), seconds(0.5)
+    share = 1.0 - (most - wanted) / (2 * (most - half))
+    traffic = float(f"{min(max(share, 0.05), 1.0):.3g}")
+    machine = f"{profile.machine.partition('; traffic')[0]}; traffic: {model} {size}"
+    replace(profile, traffic=traffic, machine=machine).save(file)
+    return {"outcome": "ok", "traffic": traffic}
 
 
 def comm_row(name: str, shape: str, model: str, recipe: str) -> dict[str, Any]:
@@ -148,7 +193,7 @@ def show(rows: dict[str, Any]) -> bool:
             for kind, found in row["errors"].items():
                 errors[name, f"kernels: {kind}"] += map(abs, found)
                 errors[name, "kernels"] += map(abs, found)
-        elif (error := error_of(row)) is not None:
+        elif what != "calibrated" and (error := error_of(row)) is not None:
             errors[name, what] += [error]
             if what == "program":
                 share = row["predicted"] / row["compiler"]
@@ -174,12 +219,19 @@ def show(rows: dict[str, Any]) -> bool:
 @click.option("--models", default=",".join(NAMES), show_default=True)
 @click.option("--size", default="medium", show_default=True)
 @click.option("--depth", default=2, show_default=True)
+@click.option("--calibrate", default="", help="Fit traffic to this model first.")
 @click.option("--parts", default="kernels,program,comm", show_default=True)
 @click.option(
     "--out", type=click.Path(path_type=Path), default="prediction_compile.json"
 )
 def main(
-    devices: str, models: str, size: str, depth: int, parts: str, out: Path
+    devices: str,
+    models: str,
+    size: str,
+    depth: int,
+    calibrate: str,
+    parts: str,
+    out: Path,
 ) -> None:
     """Print median errors by device; exit 1 where a goal is missed."""
     rows: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
@@ -191,6 +243,9 @@ def main(
             out.write_text(json.dumps(rows, indent=1))
 
     for name in devices.split(","):
+        if calibrate:
+            keep(f"calibrated|{name}", calibrated, name, calibrate, size, depth)
+            shipped.cache_clear()
         if "kernels" in parts:
             keep(f"kernels|{name}", kernels_row, name)
         for model in models.split(","):

@@ -65,11 +65,12 @@ def asked(options: Options) -> dict[str, str]:
 
 @cache
 def sources(rooms: tuple[str, ...] = PLANNING) -> str:
-    """A hash of the sources in ``rooms``: of those that plan, or of others."""
+    """A hash of the sources and profiles in ``rooms``: those that plan, or others."""
     hasher = hashlib.sha256()
     for room in rooms:
         place = PACKAGE / room
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+        inside = (*place.rglob("*.py"), *place.rglob("*.json"))
+        for file in sorted(inside) if place.is_dir() else [place]:
             hasher.update(file.relative_to(PACKAGE).as_posix().encode())
             hasher.update(file.read_bytes())
     return hasher.hexdigest()

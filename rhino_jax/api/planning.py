@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from rhino_jax.api.staging import (
     workers_of,
 )
 from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cluster.topology import Cluster, part
 from rhino_jax.errors import (
     InfeasibleError,
@@ -312,7 +313,7 @@ def _planned(
         lowering=options.lowering,
         cluster=options.cluster,
         remat=remat,
-        made_with=(("jax", jax.__version__),),
+        made_with=(("jax", jax.__version__), *_prices(cluster)),
         **more,
     )
     predicted = plan.predicted
@@ -325,6 +326,12 @@ def _planned(
     )
     plan = replace(plan, notes=(*said, *notes))
     return planned_of(plan, traced, _laid(jax_mesh, plan.whole_mesh, options))
+
+
+def _prices(cluster: Cluster | None) -> Iterator[tuple[str, str]]:
+    """Where the prices of a plan are from."""
+    if cluster is not None:
+        yield "prices", kernels_of(cluster.device).source
 
 
 def planned_of(plan: Plan, traced: Traced, jax_mesh: Any) -> Planned:

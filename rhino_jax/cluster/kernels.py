@@ -21,6 +21,7 @@ OPERANDS, ELEMENTWISE, REDUCTION = "operands", "elementwise", "reduction"
 GATHER, SCATTER = "gather", "scatter"
 """Shares of the memory's bandwidth; operands: products and convolutions that wait for
 what they read."""
+FUSING = (ELEMENTWISE, REDUCTION)
 ARITHMETIC = (PRODUCT, BATCHED, CONVOLUTION)
 AXES: Mapping[str, int] = {PRODUCT: 3, BATCHED: 4, CONVOLUTION: 1}
 """Numbers of a size; one, bytes (a convolution's operations), where none is named."""
@@ -89,12 +90,15 @@ class Kernels:
     """All that is known of a device's kernels.
 
     ``launch_seconds`` is what a kernel takes however little it does; ``source`` says
-    how all this was found.
+    how all this was found. ``traffic``: of the bytes that elementwise kernels and
+    reductions of a whole step are predicted to move, how many really are (a compiler
+    fuses more, or fetches ahead), as a share.
     """
 
     curves: tuple[Curve, ...]
     launch_seconds: float
     source: str
+    traffic: float = 1.0
 
     def share(self, kind: str, dtype: str, size: tuple[float, ...]) -> float:
         """Share of the peak that a kernel reaches (the nearest curve that there is)."""

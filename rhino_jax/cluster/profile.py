@@ -79,13 +79,15 @@ class Profile:
     figures: tuple[tuple[str, float], ...] = ()
     """Peaks that shares are of, by field of Device, where the catalogue has no true
     ones."""
+    traffic: float = 1.0
+    """As in :class:`~rhino_jax.cluster.kernels.Kernels`."""
 
     def __str__(self) -> str:
         return f"{self.made} ({self.machine}, {self.date})"
 
     @property
     def kernels(self) -> Kernels:
-        return Kernels(self.curves, self.launch_seconds, str(self))
+        return Kernels(self.curves, self.launch_seconds, str(self), self.traffic)
 
     def merged(self, cluster: Cluster) -> Cluster:
         """``cluster`` with what this profile knows in place of the catalogue's.
@@ -172,6 +174,7 @@ class Profile:
             tuple(_curve(one) for one in data["curves"]),
             tuple(_link_fit(one) for one in data["collectives"]),
             tuple((name, float(at)) for name, at in data["figures"].items()),
+            float(data["traffic"]),
         )
 
 
@@ -190,7 +193,7 @@ def _link_fit(data: Mapping[str, Any]) -> LinkFit:
 # ---- what can be wrong ---------------------------------------------------------------
 
 _TEXTS = ("device", "made", "machine", "date")
-_REST = ("made_with", "launch_seconds", "curves", "collectives", "figures")
+_REST = ("made_with", "launch_seconds", "curves", "collectives", "figures", "traffic")
 PEAKS = (*(f"{name}_flops_per_second" for name in COLUMNS), "memory_bytes_per_second")
 
 
@@ -220,6 +223,8 @@ def _faults(data: Any) -> Iterator[str]:
             yield f"figures: {name!r}: {at!r}; peaks above 1: {', '.join(PEAKS)}"
     if "launch_seconds" in data and not _is_share(data["launch_seconds"], 0.0):
         yield f"launch_seconds {data['launch_seconds']!r}: from 0 up to 1"
+    if "traffic" in data and not _is_share(data["traffic"], 1e-3):
+        yield f"traffic {data['traffic']!r}: above 0 up to 1"
     for key, faults in (("curves", _curve_faults), ("collectives", _fit_faults)):
         entries = data.get(key, [])
         if not isinstance(entries, list):

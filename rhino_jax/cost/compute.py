@@ -20,6 +20,7 @@ from rhino_jax.cluster.kernels import (
     BATCHED,
     CONVOLUTION,
     ELEMENTWISE,
+    FUSING,
     GATHER,
     OPERANDS,
     PRODUCT,
@@ -102,8 +103,10 @@ def memory_seconds(num_bytes: float, device: Device, kind: str = ELEMENTWISE) ->
     """Seconds of a kernel of ``kind`` that only moves bytes; no launch."""
     if not num_bytes:
         return 0.0
-    share = kernels_of(device).share(kind, "", (num_bytes,))
-    return num_bytes / (device.memory_bytes_per_second * share)
+    kernels = kernels_of(device)
+    share = kernels.share(kind, "", (num_bytes,))
+    moved = num_bytes * (kernels.traffic if kind in FUSING else 1.0)
+    return moved / (device.memory_bytes_per_second * share)
 
 
 def op_work(

@@ -51,7 +51,7 @@ _WITHOUT_TABLES: Mapping[str, bool] = {
     "xla_gpu_enable_analytical_sol_latency_estimator": False
 }
 
-AT_ONCE: Mapping[str, int] = {CUDA: 200, TPU: 24}
+AT_ONCE: Mapping[str, int] = {CUDA: 250, TPU: 24}
 """Kernels compiled in one program."""
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')

@@ -1,8 +1,8 @@
 """Kernels and collectives, measured on attached devices.
 
 All devices run the same kernel at once, as in a step: simulated devices share their
-host's cores. What a call takes by itself is taken off: a program of several equal
-kernels is compared with one of one.
+host's cores. A program holds several equal kernels, each with inputs of its own; what a
+call takes by itself (:func:`call_seconds`) is taken off.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -21,8 +22,10 @@ from rhino_jax.profiling.grid import Exchange, Kernel, chained
 RUNS, ROUNDS = 12, 5
 HELD_BYTES = 2 * 2**30
 """All inputs of one kernel's runs together, at most."""
-LONG_SECONDS = 0.05
-"""What takes longer than this is measured alone."""
+LONG_SECONDS = 0.5
+"""A round longer than this is the last."""
+MOST_FLOPS = {"cpu": 4e9}
+"""Of one kernel's runs together on a device, by platform."""
 
 
 def least(run: Callable[[], Any], seconds: float, runs: int = 1) -> float:
@@ -40,45 +43,46 @@ def least(run: Callable[[], Any], seconds: float, runs: int = 1) -> float:
     return found
 
 
+def call_seconds(devices: Sequence[Any]) -> float:
+    """What a call takes that does next to nothing on each of ``devices``."""
+    mesh, spec = _meshed(devices)
+    x = jax.device_put(np.zeros(len(devices), np.float32), NamedSharding(mesh, spec))
+    return _shortest(functools.partial(_program(lambda x: x + 1, mesh, spec), x))
+
+
 def kernel_seconds(
-    kernel: Kernel,
-    devices: Sequence[Any],
-    held_bytes: int = HELD_BYTES,
-    runs: int = RUNS,
+    kernel: Kernel, devices: Sequence[Any], call: float, held_bytes: int = HELD_BYTES
 ) -> float:
     """Seconds of one run of ``kernel`` on each of ``devices`` at once.
 
-    Every run has inputs of its own, as many as ``held_bytes`` allow.
+    Args:
+        call: what a call takes by itself.
+        held_bytes: what inputs of all runs may take.
     """
-    mesh = jax.sharding.Mesh(
-        np.array(devices), ("all",), axis_types=(AxisType.Auto,) * 1
-    )
-    spec = PartitionSpec("all")
+    mesh, spec = _meshed(devices)
     first = _arguments(kernel, mesh, spec)
+    most = MOST_FLOPS.get(devices[0].platform, 1e14) // max(kernel.flops, 1)
     held = sum(x.nbytes for x in first)
-    count = int(max(2, min(runs, held_bytes // max(held, 1))))
-
-    def program(number: int) -> Callable[[Any], Any]:
-        mapped = jax.shard_map(
-            chained([kernel] * number),
-            mesh=mesh,
-            in_specs=(spec,),
-            out_specs=spec,
-            check_vma=False,
-        )
-        return jax.jit(mapped)
-
-    sets = [first]
-    alone = _shortest(functools.partial(program(1), sets))
-    if alone > LONG_SECONDS:
-        return alone
-    sets += [tuple(x.copy() for x in first) for _ in range(count - 1)]
-    return _each(alone, _shortest(functools.partial(program(count), sets)), count)
+    count = int(max(1, min(RUNS, held_bytes // max(held, 1), most)))
+    sets = [first, *(tuple(x.copy() for x in first) for _ in range(count - 1))]
+    run = _program(chained([kernel] * count), mesh, spec)
+    return _each(_shortest(functools.partial(run, sets)), call, count)
 
 
-def _each(alone: float, together: float, count: int) -> float:
+def _meshed(devices: Sequence[Any]) -> tuple[jax.sharding.Mesh, PartitionSpec]:
+    mesh = jax.sharding.Mesh(np.array(devices), ("all",), axis_types=(AxisType.Auto,))
+    return mesh, PartitionSpec("all")
+
+
+def _program(f: Callable[..., Any], mesh: Any, spec: Any) -> Callable[..., Any]:
+    return jax.jit(
+        jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    )
+
+
+def _each(together: float, call: float, count: int) -> float:
     """Seconds of one of ``count`` equal parts; never less than a tenth of its share."""
-    return max((together - alone) / (count - 1), together / count / 10)
+    return max(together - call, together / 10) / count
 
 
 def _shortest(run: Callable[[], Any]) -> float:
@@ -88,7 +92,7 @@ def _shortest(run: Callable[[], Any]) -> float:
         began = time.perf_counter()
         jax.block_until_ready(run())
         times.append(time.perf_counter() - began)
-        if times[-1] > 10 * LONG_SECONDS:
+        if times[-1] > LONG_SECONDS:
             break
     return min(times)
 
@@ -104,18 +108,17 @@ def _arguments(kernel: Kernel, mesh: Any, spec: Any) -> tuple[Any, ...]:
         if at in kernel.ints:
             found = rng.integers(0, rows, shape, dtype=np.int32)
             return jax.device_put(found, where)
-        key = jax.random.key(int(rng.integers(2**31)), impl="rbg")
-
-        def draw() -> Any:
-            return jax.random.normal(key, shape, kernel.dtype)
-
-        return jax.jit(draw, out_shardings=where)()
+        drawn = rng.standard_normal(shape, np.float32)
+        return jax.device_put(drawn.astype(jnp.dtype(kernel.dtype)), where)
 
     return tuple(one(at) for at in range(len(kernel.shapes)))
 
 
-def exchange_seconds(exchange: Exchange, devices: Sequence[Any]) -> float:
-    """Seconds of a collective among groups of neighbours, all groups at once."""
+def exchange_seconds(exchange: Exchange, devices: Sequence[Any], call: float) -> float:
+    """Seconds of a collective among groups of neighbours, all groups at once.
+
+    ``call``: what a call takes by itself.
+    """
     count = exchange.count
     assert len(devices) % count == 0, (len(devices), count)
     mesh = jax.sharding.Mesh(
@@ -125,26 +128,18 @@ def exchange_seconds(exchange: Exchange, devices: Sequence[Any]) -> float:
     )
     spec = PartitionSpec(("apart", "group"))
 
-    def program(number: int) -> Callable[[Any], Any]:
-        def run(x: Any) -> list[Any]:
-            outs: list[Any] = []
-            for _ in range(number):
-                if outs:
-                    x, outs[-1] = jax.lax.optimization_barrier((x, outs[-1]))
-                    x = x + 1  # equal collectives of one value would be merged
-                outs.append(exchange.run(x, "group"))
-            return outs
-
-        mapped = jax.shard_map(
-            run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-        )
-        return jax.jit(mapped)
+    def run(x: Any) -> list[Any]:
+        outs: list[Any] = []
+        for _ in range(RUNS):
+            if outs:
+                x, outs[-1] = jax.lax.optimization_barrier((x, outs[-1]))
+                x = x + 1  # equal collectives of one value would be merged
+            outs.append(exchange.run(x, "group"))
+        return outs
 
     x = jax.device_put(
         np.zeros(len(devices) * exchange.elements, np.float32),
         NamedSharding(mesh, spec),
     )
-    alone = _shortest(functools.partial(program(1), x))
-    if alone > LONG_SECONDS:
-        return alone
-    return _each(alone, _shortest(functools.partial(program(RUNS), x)), RUNS)
+    took = _shortest(functools.partial(_program(run, mesh, spec), x))
+    return _each(took, call, RUNS)

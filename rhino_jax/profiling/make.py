@@ -74,10 +74,11 @@ def measured_profile(
     known = CATALOGUE.get(name or "")
     chosen = grid or GRIDS.get(known.platform if known else CUDA, GRIDS[CUDA])
     wanted = (*kernels(chosen), *others(chosen, 4))
+    call = live.call_seconds(devices)
     found: list[Sample] = []
     for number, kernel in enumerate(wanted):
         told(f"{kernel.kind} {kernel.dtype}", number, len(wanted))
-        found.append((kernel, live.kernel_seconds(kernel, devices)))
+        found.append((kernel, live.kernel_seconds(kernel, devices, call)))
     apart = len(wanted) - len(others(chosen, 4))
     device, figures = _with_figures(known, first.device_kind, found)
     link = IN_HOST[name].kind if name in IN_HOST else IN_MEMORY.kind
@@ -89,20 +90,20 @@ def measured_profile(
         _versions("jax", "jaxlib"),
         0.0,
         _completed(curves(found[:apart], found[apart:], device)),
-        tuple(_measured_links(link, devices, chosen, told)),
+        tuple(_measured_links(link, devices, call, chosen, told)),
         figures,
     )
 
 
 def _measured_links(
-    link: str, devices: Sequence[Any], grid: Grid, told: Told
+    link: str, devices: Sequence[Any], call: float, grid: Grid, told: Told
 ) -> Iterator[LinkFit]:
     counts = [n for n in range(2, len(devices) + 1) if len(devices) % n == 0]
     wanted = [one for count in counts for one in exchanges(grid, count)]
     samples = []
     for number, one in enumerate(wanted):
         told(f"{one.kind} among {one.count}", number, len(wanted))
-        samples.append((one, live.exchange_seconds(one, devices)))
+        samples.append((one, live.exchange_seconds(one, devices, call)))
     yield from link_fits(link, samples)
 
 

@@ -1,0 +1,82 @@
+"""A small live profile of the devices that tests run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+
+import rhino_jax as rhino
+from rhino_jax.api.profiles import kept_profile, profile_place, profiled
+from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cluster.profile import MEASURED, Profile
+from rhino_jax.errors import ProfileError
+from rhino_jax.profiling.grid import Grid
+from rhino_jax.profiling.make import measured_profile
+
+SMALL = Grid(
+    dtypes=("float32",),
+    sides=(8, 16),
+    batches=(2,),
+    batched_sides=(8,),
+    moved_bytes=(2**12,),
+    rows=32,
+    width=8,
+    wire_bytes=(256, 4096),
+    convolutions=((1, 8, 4, 4, 3, 1),),
+)
+
+
+@pytest.fixture(scope="module")
+def found() -> Profile:
+    told: list[str] = []
+    profile = measured_profile(
+        jax.devices()[:2], lambda what, done, total: told.append(what), SMALL
+    )
+    assert "product float32" in told and "all-reduce among 2" in told
+    return profile
+
+
+def test_it_is_a_profile(found: Profile) -> None:
+    assert (found.device, found.made) == ("cpu", MEASURED)
+    assert Profile.from_json(found.to_json()) == found
+    kinds = {one.fit.kind for one in found.collectives}
+    assert len(kinds) == 5 and {one.fit.count for one in found.collectives} == {2}
+    assert dict(found.figures)["f32_flops_per_second"] > 1e5
+
+
+def test_plans_are_priced_with_it(found: Profile, tmp_path: Path) -> None:
+    place = tmp_path / "p.json"
+    found.save(place)
+    cluster = profiled(parse_cluster("cpu:2"), str(place))
+    assert cluster.levels[0][0].fits and cluster.device.kernels == found.kernels
+    x = jax.ShapeDtypeStruct((256, 64), "float32")
+    w = jax.ShapeDtypeStruct((64, 64), "float32")
+
+    def seconds(**options: str) -> float:
+        planned = rhino.plan(
+            lambda w, x: w - x.T @ (x @ w),
+            *(w, x),
+            cluster="cpu:2",
+            cache_dir="",
+            **options,
+        )
+        assert planned.predicted is not None
+        return planned.predicted.step_seconds
+
+    assert seconds(profile=str(place)) != seconds()
+
+
+def test_kept_for_the_attached_devices(found: Profile, tmp_path: Path) -> None:
+    devices, cluster = jax.devices()[:2], parse_cluster("cpu:2")
+    assert kept_profile(cluster, devices, tmp_path) == cluster
+    found.save(profile_place(tmp_path, devices))
+    assert kept_profile(cluster, devices, tmp_path) == found.merged(cluster)
+    assert kept_profile(cluster, jax.devices(), tmp_path) == cluster
+    assert kept_profile(cluster, devices, None) == cluster
+
+
+def test_none_comes_with_rhino_for_every_device() -> None:
+    with pytest.raises(ProfileError, match="rhino profile --compile-only t4"):
+        profiled(parse_cluster("t4:1x4"), "compile-only")
