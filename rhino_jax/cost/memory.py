@@ -10,13 +10,14 @@ and the carries of a loop. What a body holds at most stands beside its loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from rhino_jax.cost.buffers import FUSED, Instruction, RuleOf, Unfolded, unfold
 from rhino_jax.cost.fusion import Fusion, fusion
-from rhino_jax.cost.order import combined_at, products_at
+from rhino_jax.cost.habits import PLAIN, Habits
+from rhino_jax.cost.order import combined_at, kept_at_end, products_at
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program, Where
@@ -25,30 +26,6 @@ BEFORE = -1
 _NAMED = 8
 MIB = 2**20
 
-
-@dataclass(frozen=True)
-class Habits:
-    """What a compiler does with memory beside the plan.
-
-    Attributes:
-        workspace_bytes: scratch memory of a library's matrix product while it runs.
-        combine_bytes: collectives are combined up to this size; 0 is never.
-        late_products: a product that is only added runs where it is added.
-    """
-
-    workspace_bytes: int = 0
-    combine_bytes: int = 0
-    late_products: bool = False
-
-
-HABITS: Mapping[str, Habits] = {
-    # cuBLAS on Hopper asks for 32 MiB (XLA's s8[33554432]); the thresholds are the
-    # defaults of xla_gpu_*_combine_threshold_bytes.
-    "cuda": Habits(32 * MIB, 30 * MIB, True),
-    "tpu": Habits(),
-    "cpu": Habits(),
-}
-"""By platform, as observed in programs compiled for it."""
 
 WORKSPACE = frozenset(("dot_general",))
 
@@ -82,7 +59,7 @@ def memory(
     mesh: Mesh,
     rule_of: RuleOf,
     donated: tuple[int, ...] = (),
-    habits: Habits = Habits(),
+    habits: Habits = PLAIN,
 ) -> Memory:
     """Peak bytes of ``program`` under ``assignment``, near linear in its ops.
 
@@ -90,11 +67,11 @@ def memory(
         donated: positions of inputs whose memory outputs may take over.
         habits: what the compiler adds (:data:`HABITS`).
     """
-    unfolded = unfold(program, assignment, mesh, rule_of, donated)
-    return memory_of(unfolded, fusion(unfolded), habits)
+    unfolded = unfold(program, assignment, mesh, rule_of, donated, habits)
+    return memory_of(unfolded, fusion(unfolded, habits), habits)
 
 
-def memory_of(unfolded: Unfolded, fused: Fusion, habits: Habits = Habits()) -> Memory:
+def memory_of(unfolded: Unfolded, fused: Fusion, habits: Habits = PLAIN) -> Memory:
     """:func:`memory` of what was unfolded already."""
     held = Held(unfolded, fused, habits)
     inputs = sum(unfolded.buffers[b].num_bytes for b in set(unfolded.inputs))
@@ -155,7 +132,7 @@ class Held:
 
 def _body_peak(body: Unfolded, habits: Habits) -> int:
     """The bytes that a body holds at most beside what its loop holds."""
-    return max(Held(body, fusion(body), habits).bytes_at, default=0)
+    return max(Held(body, fusion(body, habits), habits).bytes_at, default=0)
 
 
 def _lifetimes(
@@ -170,6 +147,8 @@ def _lifetimes(
     reads = [_real_reads(x, fused) for x in unfolded.instructions]
     runs = combined_at(unfolded, reads, habits.combine_bytes)
     late = products_at(unfolded) if habits.late_products else {}
+    if habits.stores_last:
+        runs.update(kept_at_end(unfolded))
     runs.update(late)
     born: dict[int, int] = {}
     dies: dict[int, int] = dict.fromkeys(unfolded.inputs, BEFORE)
@@ -192,7 +171,8 @@ def _lifetimes(
         dies[buffer] = last if last > born[buffer] else born[buffer] - 1
     for index in late:  # the sum is written straight away
         (product,) = unfolded.instructions[index].writes
-        dies[product] = born[product] - 1
+        if unfolded.readers[product] == (late[index],):
+            dies[product] = born[product] - 1
     for index, instruction in enumerate(unfolded.instructions):
         if index in runs:  # a combined collective copies
             continue

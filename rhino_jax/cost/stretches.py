@@ -14,7 +14,8 @@ from rhino_jax.cost.buffers import Instruction, RuleOf, Unfolded, unfold
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import instruction_work
 from rhino_jax.cost.fusion import Fusion, fusion
-from rhino_jax.cost.memory import HABITS, Held
+from rhino_jax.cost.habits import HABITS
+from rhino_jax.cost.memory import Held
 from rhino_jax.cost.traffic import traffic
 from rhino_jax.ir.analysis.segments import Segment
 from rhino_jax.ir.assignment import Assignment
@@ -52,9 +53,10 @@ def stretches(
     segments: Sequence[Segment],
 ) -> tuple[Stretch, ...]:
     """What each of ``segments``, in their order, costs under a plan."""
-    unfolded = unfold(program, assignment, mesh, rule_of, donated)
-    fused = fusion(unfolded)
-    held = Held(unfolded, fused, HABITS[cluster.device.platform])
+    habits = HABITS[cluster.device.platform]
+    unfolded = unfold(program, assignment, mesh, rule_of, donated, habits)
+    fused = fusion(unfolded, habits)
+    held = Held(unfolded, fused, habits)
     forward = {op: s.index for s in segments for op in s.forward}
     backward = {op: s.index for s in segments for op in s.backward}
     at = [x.index for x in unfolded.instructions]
@@ -113,7 +115,11 @@ def _op_seconds(
 def _seconds(one: Instruction, num_bytes: int, mesh: Mesh, cluster: Cluster) -> float:
     if one.bodies:
         return one.trips * sum(
-            sum(_op_seconds(body, fusion(body), mesh, cluster).values())
+            sum(
+                _op_seconds(
+                    body, fusion(body, HABITS[cluster.device.platform]), mesh, cluster
+                ).values()
+            )
             for body in one.bodies
         )
     if one.step and one.step.wire_bytes:
