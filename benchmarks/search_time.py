@@ -63,6 +63,7 @@ def measured(
         row[f"level_{level}_reading"] = found.reading_seconds
         row[f"level_{level}_plan"] = str(found.best)
         took = row[f"level_{level}_seconds"]
+        del found  # what it takes to free it is not the next search's
         click.echo(f"{depth} layers, level {level}: {took:.1f} s", err=True)
     return row
 

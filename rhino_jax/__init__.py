@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rhino_jax.api import ParallelFunction as ParallelFunction
 from rhino_jax.api import auto_parallel as auto_parallel
 from rhino_jax.api import follow as follow
+from rhino_jax.api import global_shapes as global_shapes
+from rhino_jax.api import initialize as initialize
 from rhino_jax.api import name as name
 from rhino_jax.api import plan as plan
+from rhino_jax.api import saved_steps as saved_steps
 from rhino_jax.errors import RhinoError as RhinoError
 from rhino_jax.options import Options as Options
 from rhino_jax.plan import Plan as Plan

@@ -15,12 +15,16 @@ from typing import Any
 import jax
 import jax.extend as jex
 import numpy as np
-from jax._src import compiler
+from jax._src import clusters, compiler, core
+from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source
 from jax._src.interpreters import mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
 from jax._src.lib import xla_client
+from jax._src.state.discharge import discharge_state
+from jax._src.state.types import RefEffect
+from jax._src.tree_util import FlatTree
 from jaxlib.mlir import ir, passmanager
 
 JaxprEqn = jex.core.JaxprEqn
@@ -33,7 +37,8 @@ Literal = jex.core.Literal
 def bind(eqn: Any, args: Sequence[Any], changed: dict[str, Any]) -> Any:
     """Bind the primitive of ``eqn`` to ``args``, with some parameters changed."""
     params = {**eqn.params, **changed}
-    return eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params))
+    found = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params))
+    return list(found) if isinstance(found, FlatTree) else found
 
 
 @contextlib.contextmanager
@@ -91,6 +96,15 @@ def local_avals(args: Sequence[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
     )
 
 
+def key_impl(dtype: Any) -> str:
+    """The generator of a dtype of keys, as ``jax.random.wrap_key_data`` takes it.
+
+    >>> key_impl(jax.random.key(0).dtype)
+    'threefry2x32'
+    """
+    return str(dtype._impl.name)
+
+
 def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
     """A closed jaxpr from an open one and its constants."""
     return ClosedJaxpr(jaxpr, list(consts))
@@ -100,6 +114,28 @@ def literal(value: Any, dtype: str, weak: bool) -> Any:
     """A literal scalar as JAX traces it, weak type kept."""
     array = np.asarray(value, np.dtype(dtype))
     return lax_internal._convert_element_type(array, array.dtype, weak_type=weak)
+
+
+def as_fun(closed: Any) -> Any:
+    """A closed jaxpr as a function of its inputs, to a list of its outputs."""
+    return jex.core.jaxpr_as_fun(closed)
+
+
+def gamma_samples(keys: Any, a: Any, log_space: bool) -> Any:
+    """What ``jax.random.gamma`` draws, in primitives: ``a`` [*keys, *draw]."""
+    from jax._src.random import core as random_core  # where it is in jax 0.10 and 0.11
+
+    return random_core._gamma_impl(keys, a, log_space=log_space, use_vmap=True)
+
+
+def without_references(closed: Any) -> Any:
+    """``closed`` with the mutable references made inside it turned into values.
+
+    One that works on references from outside comes back as it is.
+    """
+    inside = any(isinstance(e, core.InternalMutableArrayEffect) for e in closed.effects)
+    outside = any(isinstance(e, RefEffect) for e in closed.effects)
+    return discharge_state(closed) if inside and not outside else closed
 
 
 def scan_counts(params: Any) -> tuple[int, int]:
@@ -131,6 +167,14 @@ def partitions(spec: Any) -> tuple[tuple[str, ...], ...]:
         else:
             found.append(tuple(entry))
     return tuple(found)
+
+
+def spec_of(sharding: Any) -> tuple[tuple[str, ...], ...] | None:
+    """Axis names per dimension of a sharding; None where it does not name them all."""
+    spec = getattr(sharding, "spec", None)
+    if spec is None or jax.sharding.PartitionSpec.UNCONSTRAINED in tuple(spec):
+        return None
+    return partitions(spec)
 
 
 # ---- compile-only (verify/) -------------------------------------------------------
@@ -239,3 +283,26 @@ def partition_count(module: Any) -> int:
 def threefry_partitionable(eqn: Any) -> bool:
     """Whether ``eqn`` was traced with ``jax_threefry_partitionable`` on."""
     return bool(eqn.ctx.threefry_partitionable)
+
+
+# ---- several processes (runtime/) -------------------------------------------------
+
+
+def key_values() -> Any:
+    """The client of the key-value store of ``jax.distributed``; None where it is not
+    started."""
+    return _distributed.global_state.client
+
+
+def process_id() -> int:
+    """The rank given to ``jax.distributed``; no backend is started to know it."""
+    return _distributed.global_state.process_id
+
+
+def cluster_detected() -> str:
+    """The launcher by which ``jax.distributed`` finds the other processes ("slurm",
+    "ompi", "k8s", ...); "" where there is none."""
+    for kind in clusters.ClusterEnv._cluster_types:
+        if not kind.opt_in_only_method and kind.is_env_present():
+            return kind.name or kind.__name__
+    return ""

@@ -50,12 +50,24 @@ class ClusterError(RhinoError):
     """A cluster description that names nothing known."""
 
 
+class ProfileError(RhinoError):
+    """A profile that is damaged, of another version or of other hardware."""
+
+
 class VerifyError(RhinoError):
     """A check with a real compiler that can not be made here."""
 
 
 class InfeasibleError(RhinoError):
     """A request that no plan meets."""
+
+
+class ProcessError(RhinoError):
+    """Processes of one run that do not agree, or a launcher's half-set environment."""
+
+
+class CheckpointError(RhinoError):
+    """A checkpoint that can not be written, or belongs to another model."""
 
 
 class OptionsError(RhinoError):

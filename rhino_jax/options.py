@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rhino_jax.errors import OptionsError, nearest, problems
+from rhino_jax.schedule.generate import LOOPED, SCHEDULES
 
 LOWERINGS = ("manual", "auto")
 REMAT = ("", "none", "boundary")
@@ -21,14 +22,20 @@ class Options:
     Attributes:
         mesh: the logical mesh: a mapping of axis names to sizes, a
             ``jax.sharding.Mesh``, or None for one chosen from the device count.
-        cluster: plan for this hardware ("h100:2x8", "v5e:4x4") in place of the
-            attached devices.
+        cluster: plan for this hardware ("h100:2x8", "v5e:16x16x4slices", a YAML file
+            of one's own) in place of the attached devices.
         recipe: one of the known expert plans ("zero3") in place of a search.
         optimization_level: 1 searches for seconds; 2 tries more meshes, more orders,
             more plans.
         memory_limit_bytes: of one device; None is the device's memory less a margin.
         microbatches: how many parts the batch is run in, gradients accumulated; None
             leaves it to the search (1 with a recipe).
+        pipeline_stages: cut the step in this many pipeline stages, each on its share of
+            the devices; ``mesh`` is then that of one share, or has a leading axis
+            "stage" (a ``jax.sharding.Mesh`` must). None is no pipeline.
+        schedule: in what order stages run microbatches: "1f1b", "gpipe", "eager_1f1b",
+            "zero_bubble"; "interleaved" and "circular" run several stages on each share
+            of the devices: two, or as many as is said ("interleaved:3").
         remat: "none" or "boundary" (layers keep what enters them and are computed
             again in the backward pass); None leaves it to the search ("none" with a
             recipe).
@@ -49,6 +56,8 @@ class Options:
     optimization_level: int = 1
     memory_limit_bytes: int | None = None
     microbatches: int | None = None
+    pipeline_stages: int | None = None
+    schedule: str = "1f1b"
     remat: str | None = None
     cache_dir: str | None = None
     pins: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -66,7 +75,7 @@ class Options:
         if self.remat not in (None, *REMAT):
             near = nearest(str(self.remat), REMAT[1:]) or REMAT[1:]
             found.append(f"remat={self.remat!r}: did you mean {near[0]!r}?")
-        for name in ("memory_limit_bytes", "microbatches"):
+        for name in ("memory_limit_bytes", "microbatches", "pipeline_stages"):
             given = getattr(self, name)
             if given is not None and not (isinstance(given, int) and given >= 1):
                 found.append(f"{name}={given!r}: a whole number of at least 1, or None")
@@ -74,8 +83,32 @@ class Options:
             found.append(f"pins must map tree paths to PartitionSpecs: {self.pins!r}")
         if not isinstance(self.cluster, str):
             found.append(f"cluster must be a string like 'h100:2x8': {self.cluster!r}")
+        found += self._schedule_problems()
         if found:
             raise OptionsError(problems("options:", found))
+
+    def _schedule_problems(self) -> list[str]:
+        name, _, each = str(self.schedule).partition(":")
+        if name not in SCHEDULES:
+            near = nearest(name, SCHEDULES) or list(SCHEDULES)
+            return [f"schedule={self.schedule!r}: did you mean {near[0]!r}?"]
+        if each and not (name in LOOPED and each.isdigit() and int(each) > 0):
+            several = " and ".join(sorted(LOOPED))
+            return [
+                f"schedule={self.schedule!r}: only {several} run several stages on "
+                "each share of the devices, as in 'interleaved:3'"
+            ]
+        if self.pipeline_stages and self.lowering == "auto":
+            return [
+                "lowering='auto' runs no pipeline: drop it, or drop pipeline_stages"
+            ]
+        return []
+
+    @property
+    def stages_per_worker(self) -> int:
+        """How many stages each share of the devices runs."""
+        name, _, each = self.schedule.partition(":")
+        return int(each or 2) if name in LOOPED else 1
 
 
 def make_options(**given: Any) -> Options:

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from rhino_jax.errors import PlanFileError, problems
-from rhino_jax.ir.assignment import Assignment, Loop, OpPlan
-from rhino_jax.ir.factors import parse_choice
+from rhino_jax.ir.assignment import Assignment, Loop
+from rhino_jax.ir.data import assignment_data, assignment_of
 from rhino_jax.ir.layout import Layout, parse_layout
-from rhino_jax.ir.mesh import Axis, Mesh
+from rhino_jax.ir.mesh import STAGE, Axis, Mesh
 from rhino_jax.ir.program import Op, Program
-from rhino_jax.ir.spans import checked
-from rhino_jax.ir.steps import Move, Step
+from rhino_jax.ir.spans import checked, numbers
+from rhino_jax.ir.steps import Move
 
 FORMAT = "rhino-plan"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,40 @@ class Predicted:
 
 
 @dataclass(frozen=True)
+class Stages:
+    """How a pipeline is cut, and in what order its stages run.
+
+    ``segments`` of every stage, as :mod:`rhino_jax.ir.spans` writes them; ``schedule``
+    by name. Stage s is run by worker ``s % num_workers``, each on a mesh of its own.
+    """
+
+    segments: tuple[str, ...]
+    schedule: str
+    num_workers: int
+
+    def __post_init__(self) -> None:
+        held = [n for text in self.segments for n in numbers(text)]
+        assert sorted(held) == list(range(len(held))), f"segments {self.segments}"
+        assert 0 < self.num_workers <= len(self.segments), f"{self.num_workers} workers"
+        assert len(self.segments) % self.num_workers == 0, f"{self.num_workers} workers"
+
+    @property
+    def per_worker(self) -> int:
+        return len(self.segments) // self.num_workers
+
+    def __str__(self) -> str:
+        each = f" ({self.per_worker} a worker)" if self.per_worker > 1 else ""
+        return f"{len(self.segments)} stages{each}, {self.schedule}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """How one Program runs on one mesh.
 
-    ``stages`` gives the pipeline stage of every op of the Program (empty: one stage),
-    ``microbatches`` the size of the time axis, ``remat`` pairs of segments ("*", or
-    as :mod:`rhino_jax.ir.spans` writes them) and policy. ``made_with`` names the
-    versions that made the plan.
+    ``stages`` says how it is a pipeline, where it is one: ``mesh`` is then that of each
+    worker. ``microbatches`` is the size of the time axis, ``remat`` are pairs of
+    segments ("*", or as :mod:`rhino_jax.ir.spans` writes them) and policy.
+    ``made_with`` names the versions that made the plan.
     """
 
     mesh: Mesh
@@ -102,13 +129,25 @@ class Plan:
     recipe: str = ""
     lowering: str = "manual"
     microbatches: int = 1
-    stages: tuple[int, ...] = ()
+    stages: Stages | None = None
     remat: tuple[tuple[str, str], ...] = ()
     cluster: str = ""
     notes: tuple[str, ...] = ()
     made_with: tuple[tuple[str, str], ...] = ()
     ops: tuple[tuple[str, int], ...] = field(default=(), repr=False)
     predicted: Predicted | None = None
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh, of all workers' meshes where it is a pipeline."""
+        return self.whole_mesh.num_devices
+
+    @property
+    def whole_mesh(self) -> Mesh:
+        """The mesh with a leading axis over the workers, where it is a pipeline."""
+        if self.stages is None:
+            return self.mesh
+        return Mesh((Axis(STAGE, self.stages.num_workers), *self.mesh.axes))
 
     @property
     def wire_bytes(self) -> int:
@@ -219,6 +258,8 @@ class Plan:
         lines = []
         if self.mesh != other.mesh:
             lines.append(f"mesh: {self.mesh} -> {other.mesh}")
+        if self.stages != other.stages:
+            lines.append(f"stages: {self.stages or 1} -> {other.stages or 1}")
         if self.program_digest != other.program_digest:
             lines.append(f"program: {self.program_name} -> {other.program_name}")
         for what, mine, theirs in (
@@ -370,7 +411,7 @@ def _to_data(plan: Plan) -> dict[str, Any]:
         "recipe": plan.recipe,
         "lowering": plan.lowering,
         "microbatches": plan.microbatches,
-        "stages": list(plan.stages),
+        "stages": _stages_data(plan.stages),
         "remat": [list(pair) for pair in plan.remat],
         "cluster": plan.cluster,
         "notes": list(plan.notes),
@@ -378,7 +419,7 @@ def _to_data(plan: Plan) -> dict[str, Any]:
         "predicted": asdict(plan.predicted) if plan.predicted else None,
         "collectives": [_collective_data(c) for c in plan.collectives],
         "op_keys": [list(key) for key in plan.ops],
-        "assignment": _assignment_data(plan.assignment),
+        "assignment": assignment_data(plan.assignment),
     }
 
 
@@ -389,12 +430,12 @@ def _from_data(data: Any) -> Plan:
         data["program"]["digest"],
         tuple(_leaf(x) for x in data["inputs"]),
         tuple(_leaf(x) for x in data["outputs"]),
-        _assignment(data["assignment"]),
+        assignment_of(data["assignment"]),
         tuple(_collective(c) for c in data["collectives"]),
         data["recipe"],
         data["lowering"],
         data["microbatches"],
-        tuple(data["stages"]),
+        _stages(data["stages"]),
         tuple((checked(a), b) for a, b in data["remat"]),
         data["cluster"],
         tuple(data["notes"]),
@@ -402,6 +443,19 @@ def _from_data(data: Any) -> Plan:
         tuple((name, index) for name, index in data["op_keys"]),
         Predicted(**data["predicted"]) if data["predicted"] else None,
     )
+
+
+def _stages_data(stages: Stages | None) -> dict[str, Any] | None:
+    if stages is None:
+        return None
+    return {**asdict(stages), "segments": list(stages.segments)}
+
+
+def _stages(data: Any) -> Stages | None:
+    if data is None:
+        return None
+    held = tuple(checked(text) for text in data["segments"])
+    return Stages(held, data["schedule"], data["num_workers"])
 
 
 def _leaf_data(leaf: Leaf) -> list[Any]:
@@ -429,72 +483,3 @@ def _collective_data(c: Collective) -> list[Any]:
 def _collective(data: Any) -> Collective:
     kind, axes, sent, count, dtype, shape, where, phase = data
     return Collective(kind, tuple(axes), sent, count, dtype, tuple(shape), where, phase)
-
-
-def _assignment_data(assignment: Assignment) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "inputs": [str(x) for x in assignment.inputs],
-        "outputs": [str(y) for y in assignment.outputs],
-        "ops": [_op_data(op) for op in assignment.ops],
-        "final": [_move_data(m) for m in assignment.final],
-    }
-    if assignment.loop:
-        loop = assignment.loop
-        leave = [_move_data(m) for m in loop.leave]
-        data["loop"] = {"ops": list(loop.ops), "trips": loop.trips, "leave": leave}
-    return data
-
-
-def _assignment(data: Any) -> Assignment:
-    return Assignment(
-        tuple(parse_layout(x) for x in data["inputs"]),
-        tuple(parse_layout(y) for y in data["outputs"]),
-        tuple(_op(op) for op in data["ops"]),
-        tuple(_move(m) for m in data["final"]),
-        _loop(data["loop"]) if "loop" in data else None,
-    )
-
-
-def _loop(data: Any) -> Loop:
-    leave = tuple(_move(m) for m in data["leave"])
-    return Loop(tuple(data["ops"]), data["trips"], leave)
-
-
-def _op_data(op: OpPlan) -> dict[str, Any]:
-    """Only what is not the default, so that a plan stays readable."""
-    data: dict[str, Any] = {"choice": str(op.choice)}
-    if op.before:
-        data["before"] = [_move_data(m) for m in op.before]
-    if op.after:
-        data["after"] = [_move_data(m) for m in op.after]
-    if op.inner:
-        data["inner"] = [_assignment_data(a) for a in op.inner]
-    if op.note:
-        data["note"] = op.note
-    return data
-
-
-def _op(data: Any) -> OpPlan:
-    return OpPlan(
-        parse_choice(data["choice"]),
-        tuple(_move(m) for m in data.get("before", ())),
-        tuple(_move(m) for m in data.get("after", ())),
-        tuple(_assignment(a) for a in data.get("inner", ())),
-        data.get("note", ""),
-    )
-
-
-def _move_data(move: Move) -> list[Any]:
-    steps = [[s.kind, list(s.axes), str(s.target), s.wire_bytes] for s in move.steps]
-    return [move.value, str(move.source), steps, *([True] if move.again else [])]
-
-
-def _move(data: Any) -> Move:
-    value, source, steps, *again = data
-    first = now = parse_layout(source)
-    found = []
-    for kind, axes, target, sent in steps:
-        after = parse_layout(target)
-        found.append(Step(kind, tuple(axes), now, after, sent))
-        now = after
-    return Move(value, first, now, tuple(found), bool(again))

@@ -21,7 +21,8 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
 
 BELOW_API = {
     "errors": "",
-    "options": "errors",
+    "schedule": "errors",
+    "options": "errors schedule",
     "ir": "errors",
     "rules": "errors ir",
     "compat": "errors",
@@ -29,21 +30,26 @@ BELOW_API = {
     "cluster": "errors ir",
     "cost": "errors ir cluster",
     "plan": "errors ir cost rules",
-    "search": "errors options ir rules cost cluster plan",
-    "lower": "errors options ir rules plan compat",
+    "search": "errors options ir rules cost cluster plan schedule",
+    "lower": "errors options ir rules plan compat schedule",
     "verify": "errors plan ir compat cluster cost",
-    "runtime": "errors options ir plan compat lower",
-    "report": "errors plan ir cost search",
+    "runtime": "errors options ir plan compat lower schedule",
+    "report": "errors plan ir cost search schedule verify",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
     "api": {*BELOW_API},
     "cli": {*BELOW_API, "api", ROOT},
     ROOT: {*BELOW_API, "api", "cli"},
 }
-WITHOUT_JAX = set("ir rules cluster cost search plan report options errors".split())
+WITHOUT_JAX = set(
+    "ir rules cluster cost search plan report options errors schedule".split()
+)
 JAX = {"jax", "jaxlib", "flax", "optax"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-READS_ENVIRONMENT = {"cli.py", "compat.py", "verify/child.py", "verify/compile_only.py"}
+READS_ENVIRONMENT = {
+    *("cli.py", "cli/launch.py", "compat.py", "runtime/job.py"),
+    *("verify/child.py", "verify/compile_only.py"),
+}
 NO_FAMILY = {
     "rules": {"__init__", "notation", "registry"},
     "lower/local": {"__init__", "shard", "registry"},

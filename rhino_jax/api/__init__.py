@@ -10,16 +10,28 @@ from typing import TYPE_CHECKING, Any, overload
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from rhino_jax.api.across import global_shapes
 from rhino_jax.api.function import ParallelFunction
 from rhino_jax.errors import OptionsError, TraceError
 from rhino_jax.options import Options, make_options
 from rhino_jax.plan import Plan
+from rhino_jax.runtime.job import initialize
 
 # Loaded when the first step is planned: importing rhino_jax must cost little.
 if TYPE_CHECKING:
     from rhino_jax.api.planned import Planned as Planned
 
-__all__ = ["ParallelFunction", "Planned", "auto_parallel", "follow", "name", "plan"]
+__all__ = [
+    "ParallelFunction",
+    "Planned",
+    "auto_parallel",
+    "follow",
+    "global_shapes",
+    "initialize",
+    "name",
+    "plan",
+    "saved_steps",
+]
 
 
 def __getattr__(attribute: str) -> Any:
@@ -117,6 +129,17 @@ def follow(
 def name(x: jax.Array, label: str) -> jax.Array:
     """``x`` itself, under a name that pins can mean."""
     return checkpoint_name(x, label)
+
+
+def saved_steps(folder: str | Path) -> tuple[int, ...]:
+    """The steps whose states ``train_step.save`` wrote to ``folder``, rising.
+
+    >>> saved_steps("/nowhere")
+    ()
+    """
+    from rhino_jax.api import checkpoint
+
+    return checkpoint.saved_steps(folder)
 
 
 def _settled(

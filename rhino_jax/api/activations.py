@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rhino_jax.ir.assignment import Assignment, boundary
+from rhino_jax.ir.mesh import TIME
 from rhino_jax.ir.program import Program
 from rhino_jax.plan import Leaf
 from rhino_jax.rules import rule_of
@@ -16,8 +17,9 @@ SHOWN = frozenset("dot_general conv_general_dilated ragged_dot_general name".spl
 def activations(program: Program, assignment: Assignment) -> Iterator[Leaf]:
     """The results of heavy ops of the forward pass, loops' bodies included.
 
-    A leaf's path is the user's source line, or the name that the user gave. Which ops
-    are backward is read off the name stack: good enough to leave them out of a report.
+    In a loop over microbatches the layout is that of the whole batch. A leaf's path is
+    the user's source line, or the name that the user gave. Which ops are backward is
+    read off the name stack: good enough to leave them out of a report.
     """
     for op, plan in zip(program.ops, assignment.ops, strict=True):
         backward = "transpose(" in op.where.name_stack
@@ -25,7 +27,8 @@ def activations(program: Program, assignment: Assignment) -> Iterator[Leaf]:
             _, layouts = boundary(program, op, plan, rule_of(program, op))
             label = op.param["name"] if op.kind == "name" else op.where
             value = program.values[op.results[0]]
-            yield Leaf(str(label), value.shape, value.dtype, layouts[0])
+            layout = layouts[0].without((TIME,))
+            yield Leaf(str(label), value.shape, value.dtype, layout)
         for inner, body in zip(op.programs, plan.inner, strict=True):
             if not backward:
                 yield from activations(inner, body)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rhino_jax.cluster.hardware import CATALOGUE, CUDA, GIB, catalogue_name
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import ClusterError
+from rhino_jax.runtime.job import hosts
 
 
 def attached_cluster(devices: Sequence[Any], folder: Path | None = None) -> Cluster:
@@ -24,13 +25,16 @@ def attached_cluster(devices: Sequence[Any], folder: Path | None = None) -> Clus
     device's memory is what its allocator may take: JAX leaves a quarter of a GPU's
     alone unless ``XLA_PYTHON_CLIENT_MEM_FRACTION`` says otherwise.
 
+    Processes on one machine share its links between GPUs. Simulated CPU devices share
+    memory within a process only.
+
     Raises:
         ClusterError: TPUs that the catalogue does not know, or GPUs of several hosts;
             uneven hosts.
     """
     first = devices[0]
     if first.platform == "cpu":
-        return parse_cluster(f"cpu:{len(devices)}")
+        return parse_cluster(f"cpu:{_even([d.process_index for d in devices])}")
     name = catalogue_name(first.device_kind, getattr(first, "num_cores", 1) or 1)
     if name is None:
         if first.platform != "tpu":
@@ -41,14 +45,26 @@ def attached_cluster(devices: Sequence[Any], folder: Path | None = None) -> Clus
         )
     if first.platform == "tpu":
         return _as_told(parse_cluster(f"{name}:{_torus(devices)}"), devices)
-    hosts = Counter(device.process_index for device in devices)
-    if len(set(hosts.values())) > 1:
+    machine = hosts(sorted({device.process_index for device in devices}))
+    where = _even([machine[device.process_index] for device in devices])
+    return _as_told(parse_cluster(f"{name}:{where}"), devices)
+
+
+def _even(places: Sequence[object]) -> str:
+    """How a cluster of so many hosts is written: the place of each device, in order.
+
+    Devices are numbered host by host; a host met again later counts as another one.
+
+    >>> _even(["a", "a", "b", "b"]), _even([0, 0, 0]), _even("abab")
+    ('2x2', '1x3', '4x1')
+    """
+    sizes = [len(list(run)) for _, run in groupby(places)]
+    if len(set(sizes)) > 1:
         raise ClusterError(
-            f"hosts with different numbers of devices: {sorted(hosts.values())}; "
-            "use as many of each"
+            f"hosts with different numbers of devices: {sorted(sizes)}; use as many of "
+            "each"
         )
-    cluster = parse_cluster(f"{name}:{len(hosts)}x{len(devices) // len(hosts)}")
-    return _as_told(cluster, devices)
+    return f"{len(sizes)}x{sizes[0]}"
 
 
 def _as_told(cluster: Cluster, devices: Sequence[Any]) -> Cluster:

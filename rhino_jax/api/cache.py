@@ -35,32 +35,39 @@ def folder_of(options: Options) -> Path | None:
 
 def key_of(traced: Traced, cluster: Cluster, options: Options) -> str:
     """A hash of all that the plan depends on."""
-    asked = [
-        f"{name}={getattr(options, name)!r}"
-        for name in options.__dataclass_fields__
-        if name not in ("cache_dir", "mesh", "pins", "static_argnums")
-    ]
-    mesh = getattr(options.mesh, "shape", options.mesh)
-    pins = sorted((str(key), str(spec)) for key, spec in options.pins.items())
     parts = (
         traced.program.digest,
         traced.input_paths,
         traced.state_pairs,
         traced.donated,
         cluster,
-        asked,
-        tuple(dict(mesh or {}).items()),
-        pins,
+        asked(options),
         sources(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def asked(options: Options) -> dict[str, str]:
+    """The options that a plan depends on, in words; equal words are equal options.
+
+    >>> asked(Options(mesh={"data": 8}))["mesh"]
+    "(('data', 8),)"
+    """
+    said = {
+        name: repr(getattr(options, name))
+        for name in options.__dataclass_fields__
+        if name not in ("cache_dir", "mesh", "pins", "static_argnums")
+    }
+    mesh = getattr(options.mesh, "shape", options.mesh)
+    pins = sorted((str(key), str(spec)) for key, spec in options.pins.items())
+    return {**said, "mesh": repr(tuple(dict(mesh or {}).items())), "pins": repr(pins)}
+
+
 @cache
-def sources() -> str:
-    """A hash of the rooms that plan."""
+def sources(rooms: tuple[str, ...] = PLANNING) -> str:
+    """A hash of the sources in ``rooms``: of those that plan, or of others."""
     hasher = hashlib.sha256()
-    for room in PLANNING:
+    for room in rooms:
         place = PACKAGE / room
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
             hasher.update(file.relative_to(PACKAGE).as_posix().encode())

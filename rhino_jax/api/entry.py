@@ -15,6 +15,7 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jax.api_util import shaped_abstractify
 
 from rhino_jax.api.passing import (
@@ -85,7 +86,8 @@ class Entry:
     ``avals`` are those of all leaves. ``watched`` are the leaves that a call brings
     anew, each with the kinds and the shardings seen good so far; ``rest`` are the other
     leaves and ``probes`` a few of them with their shardings. ``passing`` is how a call
-    is handed on, ``given`` the ways to a few of the donated leaves.
+    is handed on, ``given`` the ways to a few of the donated leaves. ``across`` tells
+    devices of several processes: NumPy arrays are then placed call by call.
 
     ``heirs`` are the arguments that are all state, each with the part of the result
     that takes its place in the next call, ``news`` the others, of the tree
@@ -103,6 +105,7 @@ class Entry:
     alike: frozenset[int] = frozenset()
     rest: slice | tuple[int, ...] = ()
     probes: list[tuple[int, Any]] = field(default_factory=list)
+    across: bool = False
     passing: Passing = field(default_factory=lambda: Passing((), ()))
     given: tuple[Way, ...] = ()
     heirs: tuple[tuple[Key, Key | None], ...] = ()
@@ -122,6 +125,7 @@ class Entry:
         anew = [i for i in range(len(self.avals)) if i not in state][-WATCHED:]
         rest = [i for i in range(len(self.avals)) if i not in anew]
         self.wanted = wanted
+        self.across = not all(where.is_fully_addressable for where in wanted)
         self.watched = tuple((i, set(), []) for i in anew)
         gone = {self.avals[i][:2] for i in traced.donated}
         self.alike = frozenset(i for i in anew if self.avals[i][:2] in gone)
@@ -204,6 +208,8 @@ class Entry:
         """Whether what a call brings anew is like what was brought before."""
         for leaf, (_, kinds, homes) in zip(news, self.watched, strict=True):
             if kind_of(leaf) not in kinds:
+                return False
+            if self.across and isinstance(leaf, np.ndarray):
                 return False
             if isinstance(leaf, jax.Array) and (
                 leaf.is_deleted() or (leaf.committed and leaf.sharding not in homes)

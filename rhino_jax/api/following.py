@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rhino_jax.api.planned import Planned
-from rhino_jax.api.planning import plan_traced
 from rhino_jax.options import Options
 from rhino_jax.plan import Leaf, Plan
 from rhino_jax.trace import Traced
 
 
-def followed(traced: Traced, plan: Plan, parent: Options, options: Options) -> Planned:
-    """``traced`` planned so that what it shares with ``plan`` lies as it does there.
+def following(traced: Traced, plan: Plan, parent: Options, options: Options) -> Options:
+    """Options by which what ``traced`` shares with ``plan`` lies as it does there.
 
     Args:
         plan: what was planned for the step that is followed.
@@ -32,15 +30,12 @@ def followed(traced: Traced, plan: Plan, parent: Options, options: Options) -> P
         leaf = _counterpart(path, alike)
         if leaf is not None:
             pins[path] = spec_of(leaf)
-    return plan_traced(
-        traced,
-        replace(
-            options,
-            pins={**pins, **options.pins},
-            mesh=parent.mesh or plan.mesh,
-            cluster=options.cluster or parent.cluster,
-            recipe=options.recipe,
-        ),
+    return replace(
+        options,
+        pins={**pins, **options.pins},
+        mesh=parent.mesh or plan.mesh,
+        cluster=options.cluster or parent.cluster,
+        recipe=options.recipe,
     )
 
 

@@ -19,6 +19,7 @@ from rhino_jax.api.entry import Entry, Returned, aval_of, split
 from rhino_jax.api.passing import Call, Key, walked
 from rhino_jax.errors import DonationError, SignatureError, TraceError
 from rhino_jax.options import Options
+from rhino_jax.runtime.status import began, this_status
 
 # What plans is imported where it is used: importing rhino_jax must cost little.
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class ParallelFunction:
             maxlen=REMEMBERED_CALLS
         )
         self._noticed = False
+        self._status = this_status()
+        self._calls = 0
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -71,6 +74,9 @@ class ParallelFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = None
+        if self._status is not None:
+            self._calls += 1
+            self._status.began(self.__name__, self._calls)
         for entry in self._ready:
             call = entry.read(args, kwargs, self._returned)
             if call is not None:
@@ -141,6 +147,8 @@ class ParallelFunction:
 
         for _ in range(MOST_TIGHTENED):
             if not out_of_memory(error) or entry.planned.plan.predicted is None:
+                break
+            if entry.across:  # the others may have had enough: there is no one plan
                 break
             entry, call = self._tightened(entry, args, kwargs)
             try:
@@ -235,24 +243,31 @@ class ParallelFunction:
         return entry, leaves
 
     def _plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
-        from rhino_jax.api.following import followed
-        from rhino_jax.api.planning import bind, plan_traced, traced_bare
+        from rhino_jax.api.agreeing import plan_for_all
+        from rhino_jax.api.following import following
+        from rhino_jax.api.planning import traced_bare
 
-        parent = self._parent
+        parent, options = self._parent, self.options
         if parent is not None and parent.plan is None:
             raise SignatureError(
                 f"follow: {parent.__name__} is not planned yet; call it (or its init) "
                 "first"
             )
-        traced = traced_bare(self.fun, args, kwargs, self.options)
+        began(f"planning {self.__name__}")
+        traced = traced_bare(self.fun, args, kwargs, options)
         if parent is not None and parent.plan is not None:
-            return followed(traced, parent.plan, parent.options, self.options)
-        if self._given_plan is not None:
-            return bind(self._given_plan, traced, self.options)
-        return plan_traced(traced, self.options)
+            options = following(traced, parent.plan, parent.options, options)
+        return plan_for_all(self.__name__, traced, options, self._given_plan)
 
     def planned(self, *args: Any, **kwargs: Any) -> Planned:
-        """The plan for these arguments (arrays or shapes); made if it is new."""
+        """The plan for these arguments (arrays or shapes); made if it is new.
+
+        On several processes all must ask for a new one: the first plans for all.
+
+        Raises:
+            ProcessError: a process has another program, package or option, or does not
+                ask (within 300 seconds).
+        """
         entry, _ = self._find(args, kwargs) or self._add(args, kwargs)
         self._entries.remove(entry)
         self._entries.insert(0, entry)
@@ -263,17 +278,20 @@ class ParallelFunction:
         """The plan of the latest signature; None before the first."""
         return self._entries[0].planned.plan if self._entries else None
 
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """The lowered step for these arguments, on flat leaves."""
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """The lowered step for these arguments, on flat leaves.
+
+        A list, of every stage's programs, where it is a pipeline.
+        """
         return self.planned(*args, **kwargs).lower()
 
-    def compile(self, *args: Any, **kwargs: Any) -> jax.stages.Compiled:
+    def compile(self, *args: Any, **kwargs: Any) -> Any:
         """The compiled step for these arguments, on flat leaves.
 
         Raises:
             MeshError: it is planned for other devices than there are.
         """
-        return self.planned(*args, **kwargs).attached().lower().compile()
+        return self.planned(*args, **kwargs).attached().compile()
 
     # ---- placing ------------------------------------------------------------------
 
@@ -289,10 +307,7 @@ class ParallelFunction:
         given = taken(init_fn, args)
         shapes = jax.eval_shape(init_fn, *given)
         planned = self.planned(shapes, *args[1:], **kwargs).attached()
-        where = planned.in_shardings[0][0]
-        if not planned.plan.mesh.axes:
-            return jax.jit(init_fn)(*given)
-        return jax.jit(init_fn, out_shardings=where)(*given)
+        return planned.create(init_fn, given)
 
     def place(self, state: Any, *rest: Any, **kwargs: Any) -> Any:
         """``state`` (host arrays, a checkpoint) moved to the plan's layout.
@@ -309,14 +324,73 @@ class ParallelFunction:
         return self._put("place", state, "place(state, batch)", False)
 
     def shard_batch(self, batch: Any) -> Any:
-        """This process's part of the global batch as global arrays.
+        """This process's rows of the global batch as global arrays.
 
-        On one process the batch is the whole batch.
+        Every process brings as many rows, the first process the first, however the
+        plan lays them (:func:`rhino_jax.global_shapes` to plan). What has the planned
+        shape already is taken for whole. On one process the batch is the whole batch.
 
         Raises:
             SignatureError: there is no plan yet, or the batch is not what was planned.
         """
         return self._put("shard_batch", batch, "init(init_fn, rng, batch)", True)
+
+    def fetch(self, tree: Any) -> Any:
+        """``tree`` (a state, metrics) as NumPy arrays, whole in every process.
+
+        On several processes all must call it.
+        """
+        from rhino_jax.api.across import fetched
+
+        return fetched(tree)
+
+    def save(
+        self, folder: str | Path, state: Any, step: int, keep: int | None = None
+    ) -> None:
+        """Write ``state`` to ``folder`` as the checkpoint of ``step``.
+
+        It appears there when all of it is written: whatever happens meanwhile (a full
+        disk, a killed process) leaves the older ones as they are. On several processes
+        all must call it, on a folder that all see; each writes its own part.
+
+        Args:
+            keep: how many checkpoints to keep, the newest; None keeps all.
+
+        Raises:
+            CheckpointError: it can not be written, or ``step`` is saved already.
+        """
+        from rhino_jax.api.checkpoint import save
+
+        began(f"saving step {step} of {self.__name__}")
+        save(folder, state, step, keep)
+
+    def restore(
+        self, folder: str | Path, *args: Any, step: int | None = None, **kwargs: Any
+    ) -> Any:
+        """The state of the checkpoint of ``step`` (None: the last), placed as planned.
+
+        Another plan or number of devices may have saved it. ``args`` and ``kwargs`` are
+        the step's arguments, arrays or shapes (the state's by ``jax.eval_shape``),
+        needed only before the first plan.
+
+        Raises:
+            SignatureError: there is no plan yet.
+            CheckpointError: there is no such checkpoint, or it is of another model
+                (which leaves differ).
+        """
+        from rhino_jax.api.checkpoint import restore
+
+        if not (args or kwargs or self._entries):
+            raise SignatureError(
+                "restore: nothing is planned yet; call "
+                f"{self.__name__}.restore(folder, state_shapes, batch)"
+            )
+        known = self.planned(*args, **kwargs) if args or kwargs else None
+        planned = (known or self._entries[0].planned).attached()
+        began(f"restoring {self.__name__}")
+        homes, tree = jax.tree.flatten(planned.in_shardings[0][0])
+        kinds = planned.traced.avals[: len(homes)]
+        return restore(folder, step, tree, kinds, homes)
 
     def _put(self, method: str, tree: Any, hint: str, last: bool) -> Any:
         from rhino_jax.api import placing
@@ -350,16 +424,16 @@ def out_of_memory(error: Exception) -> bool:
 
 def _make_ready(entry: Entry) -> None:
     """Bind an entry to the devices that are here: from now on it can be called."""
+    from rhino_jax.api.across import from_whole
+
     planned = entry.planned = entry.planned.attached()
-    layouts = planned.plan.assignment.inputs
-    entry.aim(planned.shardings(layouts))
+    entry.aim(planned.input_shardings)
     constants = planned.traced.constants
-    if constants and planned.plan.mesh.axes:
+    if constants and planned.plan.whole_mesh.axes:
         count = planned.traced.num_inputs
-        wanted = planned.shardings(layouts[count:])
-        constants = tuple(
-            jax.device_put(c, where) for c, where in zip(constants, wanted, strict=True)
-        )
+        pairs = zip(constants, planned.input_shardings[count:], strict=True)
+        laid = from_whole if entry.across else jax.device_put
+        constants = tuple(laid(c, where) for c, where in pairs)
     entry.constants = constants
     entry.run = planned.jit_call(entry.passing)
 

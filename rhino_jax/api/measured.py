@@ -22,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from rhino_jax.api.cache import write_whole
-from rhino_jax.cluster.hardware import CUDA, GIGA, TERA, Device
+from rhino_jax.cluster.hardware import CATALOGUE, CUDA, GIGA, TERA, Device
+from rhino_jax.cluster.kernels import ELEMENTWISE, PRODUCT
+from rhino_jax.cluster.profile import REFERENCE, kernels_of
 from rhino_jax.cluster.topology import MEMORY as ALONE
 from rhino_jax.cluster.topology import PCIE, Cluster, Link
-from rhino_jax.cost.compute import EFFICIENCY, MEMORY
 from rhino_jax.errors import ClusterError
 
 FORMAT = 1
@@ -201,10 +202,13 @@ def _least(run: Callable[[], Any], seconds: float) -> float:
 def as_cluster(measured: Measured, count: int) -> Cluster:
     """Measurements as a Cluster of one host.
 
-    What a product and a copy reach is a share of the device's peak, as in
-    :data:`rhino_jax.cost.compute.EFFICIENCY`.
+    What a product and a copy reach is taken for the share of the device's peak that
+    the reference card reaches (:func:`rhino_jax.cluster.profile.kernels_of`).
     """
-    share = EFFICIENCY["dot_general"]
+    kernels = kernels_of(CATALOGUE[REFERENCE])
+    large = (1.0, *3 * (float(SIDE),))
+    share = kernels.share(PRODUCT, "bf16", large)
+    copied = kernels.share(ELEMENTWISE, "", (float(COPIED_BYTES),))
     peaks = {name: peak / share for name, peak in measured.flops_per_second.items()}
     source = "measured on the attached device"
     device = Device(
@@ -215,7 +219,7 @@ def as_cluster(measured: Measured, count: int) -> Cluster:
         # No product of jax.lax runs float8 on every device: as bfloat16.
         *(peaks["bf16"], peaks["int8"]),
         measured.memory_bytes,
-        measured.memory_bytes_per_second / EFFICIENCY[MEMORY],
+        measured.memory_bytes_per_second / copied,
         (
             ("flops_per_second", f"{source}; f8 as bf16"),
             ("memory_bytes", "as the attached device tells it"),

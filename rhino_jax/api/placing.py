@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rhino_jax.api.across import from_rows, from_whole, rows_of
 from rhino_jax.api.entry import Entry
 from rhino_jax.errors import DonationError, SignatureError, problems
 from rhino_jax.trace.arguments import join, keys, leaves_of, positional_names
@@ -52,10 +53,14 @@ def check_alive(
 def placed(entry: Entry, leaves: list[Any]) -> tuple[list[Any], list[str]]:
     """Committed arrays that lie elsewhere moved to the plan's layout; says which.
 
-    What is not committed JAX places itself. The arrays that were given stay alive.
+    What is not committed JAX places itself, but for NumPy arrays on the devices of
+    several processes: there every process holds them whole. The arrays that were given
+    stay alive.
     """
     found, moved = list(leaves), []
     for i, (x, where) in enumerate(zip(leaves, entry.wanted, strict=False)):
+        if entry.across and isinstance(x, np.ndarray):
+            found[i] = from_whole(x, where)
         if not concrete(x) or not x.committed:
             continue
         if not x.sharding.is_equivalent_to(where, x.ndim):
@@ -71,11 +76,18 @@ def _copied_to(x: Any, where: jax.sharding.Sharding) -> jax.Array:
     ``device_put`` does so where a device is in both, whatever ``may_alias`` says; on a
     CPU it keeps the memory of a NumPy array too, which two leaves may share.
     """
+    if not where.is_fully_addressable and not _is_global(x):
+        return from_whole(x, where)
     if concrete(x) and x.sharding.device_set & where.device_set:
         x = x.copy()
     elif isinstance(x, np.ndarray):
         x = np.array(x)
     return jax.device_put(x, where)
+
+
+def _is_global(x: Any) -> bool:
+    """Whether ``x`` lies on devices of several processes."""
+    return concrete(x) and not x.is_fully_addressable
 
 
 def _lies(sharding: jax.sharding.Sharding) -> str:
@@ -151,10 +163,12 @@ def put(
                 known.append(str(jax.tree.structure(where)))
                 continue
             paths = [entry.planned.traced.input_paths[i] for i in places]
-            wrong = _misfits(entry, places, paths, leaves)
+            kinds = [entry.planned.traced.avals[i] for i in places]
+            homes = jax.tree.leaves(where)
+            wrong = _misfits(paths, kinds, homes, leaves, last)
             if not wrong:
-                homes = jax.tree.leaves(where)
-                laid = [_put(x, h) for x, h in zip(leaves, homes, strict=True)]
+                fits = zip(leaves, kinds, homes, strict=True)
+                laid = [_put(x, aval.shape, home) for x, aval, home in fits]
                 return jax.tree.unflatten(structure, laid)
             known += wrong
     raise SignatureError(
@@ -172,25 +186,28 @@ def _arguments(numbers: Any) -> list[list[int]]:
 
 
 def _misfits(
-    entry: Entry, places: Sequence[int], paths: Sequence[str], leaves: Sequence[Any]
+    paths: Sequence[str],
+    kinds: Sequence[Any],
+    homes: Sequence[Any],
+    leaves: Sequence[Any],
+    in_rows: bool,
 ) -> list[str]:
-    """Leaves of other shapes than planned; a process may hold a part of a batch."""
-    if jax.process_count() > 1:
-        return []
+    """Leaves of other shapes than planned; a process may hold its rows of a batch."""
     found = []
-    for i, path, leaf in zip(places, paths, leaves, strict=True):
-        planned = entry.planned.traced.avals[i].shape
-        if planned != np.shape(leaf):
-            found.append(f"{path} of shape {planned}, given {np.shape(leaf)}")
+    for path, aval, home, leaf in zip(paths, kinds, homes, leaves, strict=True):
+        rows = rows_of(aval.shape, home) if in_rows else aval.shape
+        if np.shape(leaf) not in (rows, aval.shape):
+            own = "" if rows == aval.shape else f" (this process's rows {rows})"
+            found.append(f"{path} of shape {aval.shape}{own}, given {np.shape(leaf)}")
     return found
 
 
-def _put(x: Any, where: Any) -> jax.Array:
+def _put(x: Any, shape: tuple[int, ...], where: Any) -> jax.Array:
     if concrete(x) and x.committed and x.sharding.is_equivalent_to(where, x.ndim):
         return x
-    if jax.process_count() == 1 or isinstance(x, jax.Array):
-        return _copied_to(x, where)
-    return jax.make_array_from_process_local_data(where, np.asarray(x))
+    if np.shape(x) != shape:
+        return from_rows(x, shape, where)
+    return _copied_to(x, where)
 
 
 def taken(init_fn: Callable[..., Any], args: Sequence[Any]) -> Sequence[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,10 @@ import jax
 
 from rhino_jax.api.activations import activations
 from rhino_jax.api.passing import Passing
+from rhino_jax.api.verified import Verified
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster, linked
+from rhino_jax.cost.model import Prediction, predict
 from rhino_jax.errors import MeshError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.lower.devices import device_mesh
@@ -21,16 +23,18 @@ from rhino_jax.lower.program import SignatureChanged, as_function, jit_step
 from rhino_jax.lower.program import shardings as named_shardings
 from rhino_jax.plan import Plan, Predicted
 from rhino_jax.report.text import explanation_text, plan_text
+from rhino_jax.rules import rule_of
 from rhino_jax.search.explain import explain
 from rhino_jax.search.pins import position_of
 from rhino_jax.search.planner import Request
 from rhino_jax.search.prices import ClusterPrices
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import Traced
-from rhino_jax.verify.audit import Audit, PlannedCollective, audit
+from rhino_jax.verify.audit import PlannedCollective
 from rhino_jax.verify.compile_only import compile_lowered
 from rhino_jax.verify.facts import CompiledFacts
 from rhino_jax.verify.targets import parse_target
+from rhino_jax.verify.witness import audited
 
 
 @dataclass(frozen=True)
@@ -96,27 +100,42 @@ class Planned:
         if not isinstance(self.jax_mesh, jax.sharding.AbstractMesh):
             return self
         mesh, found = self.plan.mesh, jax.devices()
-        if mesh.num_devices != len(found):
+        if self.plan.num_devices != len(found):
             raise MeshError(
-                f"the plan is for {mesh.num_devices} devices of "
+                f"the plan is for {self.plan.num_devices} devices of "
                 f"{self.plan.cluster or 'a cluster'}, mesh ({mesh}); this machine has "
                 f"{len(found)} ({found[0].device_kind}). Drop cluster= (or the saved "
                 "plan) to run here; rhino.plan(...) plans without devices"
             )
-        return replace(self, jax_mesh=device_mesh(mesh))
+        return replace(self, jax_mesh=device_mesh(self.plan.whole_mesh))
 
     @cached_property
     def in_shardings(self) -> Any:
         """``(args, kwargs)`` with a sharding for every array."""
         count = self.traced.num_inputs
-        flat = self.shardings(self.plan.assignment.inputs[:count])
+        flat = self.input_shardings[:count]
         return jax.tree.unflatten(self.traced.in_tree, flat)
 
     @cached_property
     def out_shardings(self) -> Any:
         """The step's result with a sharding for every array."""
-        flat = self.shardings(self.plan.assignment.outputs)
-        return jax.tree.unflatten(self.traced.out_tree, flat)
+        return jax.tree.unflatten(self.traced.out_tree, self.output_shardings)
+
+    @cached_property
+    def input_shardings(self) -> Sequence[Any]:
+        """A sharding for every flat input, constants last."""
+        return self.shardings(self.plan.assignment.inputs)
+
+    @cached_property
+    def output_shardings(self) -> Sequence[Any]:
+        """A sharding for every flat output."""
+        return self.shardings(self.plan.assignment.outputs)
+
+    def create(self, init_fn: Callable[..., Any], given: Sequence[Any]) -> Any:
+        """What ``init_fn`` returns, the step's first argument, where it is to lie."""
+        if not self.plan.mesh.axes:
+            return jax.jit(init_fn)(*given)
+        return jax.jit(init_fn, out_shardings=self.in_shardings[0][0])(*given)
 
     def shardings(self, layouts: Sequence[Layout]) -> Sequence[Any]:
         """Layouts as JAX's shardings on this plan's devices."""
@@ -160,7 +179,7 @@ class Planned:
         step.__name__ = traced.program.name
         if not plan.mesh.axes:
             return jax.jit(step, donate_argnums=0)
-        constants = tuple(self.shardings(plan.assignment.inputs[count:]))
+        constants = tuple(self.input_shardings[count:])
         return jax.jit(
             step,
             in_shardings=(*passing.call(*self.in_shardings), constants),
@@ -178,7 +197,7 @@ class Planned:
         program = self.traced.program
         values = [program.values[v] for v in program.inputs]
         real = [*self.traced.avals, *(jax.typeof(c) for c in self.traced.constants)]
-        given = self.shardings(self.plan.assignment.inputs)
+        given = self.input_shardings
         with_shardings = bool(self.plan.mesh.axes)
         avals = [
             jax.ShapeDtypeStruct(
@@ -193,10 +212,15 @@ class Planned:
         where = platform or self.platform
         return traced.lower(lowering_platforms=(where,) if where else None)
 
+    def compile(self) -> Any:
+        """The compiled step, on flat leaves."""
+        return self.lower().compile()
+
     @property
     def platform(self) -> str:
         """The platform of the plan's cluster; "" for the attached devices."""
-        return parse_target(self.plan.cluster).platform if self.plan.cluster else ""
+        named = self.plan.cluster
+        return parse_cluster(named).device.platform if named else ""
 
     def compile_only(self, target: str = "", **options: Any) -> CompiledFacts:
         """What the real compiler for ``target`` makes of the step; no device needed.
@@ -208,7 +232,7 @@ class Planned:
         Raises:
             ClusterError, VerifyError: an unknown target, or no compiler for it here.
         """
-        aim = target or self.plan.cluster or f"cpu:{self.plan.mesh.num_devices}"
+        aim = self.target(target)
         platform = parse_target(aim).platform
         lowered = self.lower(platform)
         return compile_lowered(lowered, aim, self.plan.mesh.num_devices, **options)
@@ -222,10 +246,53 @@ class Planned:
             for c in self.plan.collectives
         )
 
-    def verify(self, target: str = "") -> Audit:
-        """The plan's collectives against those of the compiled program."""
-        facts = self.compile_only(target)
-        return audit(self.planned_collectives(), facts, self.plan.mesh.shape)
+    def prediction(self, target: str = "") -> Prediction:
+        """What the prices say of this plan, recipes' too.
+
+        Raises:
+            ClusterError: an unknown ``target``.
+        """
+        cluster = self.cluster
+        if cluster is None or target:
+            cluster = parse_cluster(self.target(target))
+        plan, traced = self.plan, self.traced
+        donated = tuple(traced.donated)
+        return predict(
+            traced.program, plan.assignment, plan.mesh, cluster, rule_of, donated
+        )
+
+    def target(self, target: str = "") -> str:
+        """What to compile for: asked for, the plan's cluster, or as many CPUs."""
+        return target or self.plan.cluster or f"cpu:{self.plan.mesh.num_devices}"
+
+    def verify(self, target: str = "", **options: Any) -> Verified:
+        """What the real compiler makes of the step, beside what was predicted.
+
+        Wire bytes by mesh axis, collectives that nobody planned, peak memory and what
+        stands there, arithmetic, and the compiler's own time. A compiler that refuses,
+        dies or runs out of time is told of in the result.
+
+        Args:
+            target: as :meth:`compile_only` takes it.
+            options: ``timeout_seconds``, ``cache_dir`` (where facts are kept).
+
+        Raises:
+            ClusterError, VerifyError: an unknown target, or no compiler for it here
+                (which extra to install).
+        """
+        aim = self.target(target)
+        facts = self.compile_only(aim, priced=True, **options)
+        prediction = self.prediction(target)
+        one = self.plan.predicted
+        return Verified(
+            facts,
+            prediction,
+            audited(facts, self.planned_collectives(), self.plan.mesh.shape),
+            one.limit_bytes if one and not target else prediction.device_bytes,
+            str(self.plan.mesh),
+            self.planned_collectives(),
+            tuple(self.plan.mesh.shape.items()),
+        )
 
 
 def wire_dtype(dtype: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,34 +11,42 @@ import jax
 from rhino_jax import compat
 from rhino_jax.api.attached import attached_cluster, more_memory
 from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
+from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
+from rhino_jax.api.staging import (
+    microbatches_of,
+    predicted_of,
+    stages_of,
+    workers_of,
+)
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cluster.topology import Cluster
+from rhino_jax.cluster.topology import Cluster, part
 from rhino_jax.errors import (
     InfeasibleError,
     MeshError,
     OptionsError,
     PinError,
+    TraceError,
     problems,
 )
 from rhino_jax.ir.assignment import Assignment
-from rhino_jax.ir.mesh import TORUS, Mesh
+from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.spans import EVERY, numbers, spans
 from rhino_jax.lower.devices import abstract_mesh, as_mesh, check_count, device_mesh
 from rhino_jax.options import Options
-from rhino_jax.plan import Plan, Predicted, make_plan
+from rhino_jax.plan import Plan, Predicted, Stages, make_plan
 from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.choose import default_meshes, plan_recipe
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched
-from rhino_jax.search.pins import Spec
 from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.remat import NONE, apply_remat
+from rhino_jax.search.specs import Spec
+from rhino_jax.search.staging import Divided, check_stages
 from rhino_jax.search.timing import Refusal
 from rhino_jax.trace import Traced, trace
 from rhino_jax.trace.arguments import leaves_of
-from rhino_jax.verify.targets import parse_target
 
 MARGIN = 0.92
 """Share of a device's memory that a plan may be predicted to need."""
@@ -89,6 +96,7 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
         MeshError, ClusterError, PinError, OptionsError, InfeasibleError: what was
             asked for can not be.
     """
+    _check_lowering(traced, options)
     if options.recipe:
         return _by_recipe(traced, options)
     _where(options)  # what is wrong with a mesh is said before anything is looked up
@@ -104,26 +112,54 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     return found
 
 
+def _check_lowering(traced: Traced, options: Options) -> None:
+    """Raises :class:`TraceError` for what the manual program can not hold."""
+    inside = [op for _, op in traced.program.walk() if op.kind == "shard_map"]
+    if inside and options.lowering == "manual":
+        raise TraceError(
+            problems(
+                f"{traced.program.name} holds a shard_map, and the plan is one itself:",
+                [f"{op.where}: shard_map" for op in inside],
+                "Write that part as for one device, and it is sharded with the rest; "
+                'or keep it, and take lowering="auto" with its mesh as mesh=.',
+            )
+        )
+
+
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     subject = subject_of(traced)
     jax_mesh, mesh, _ = _where(options)
     limit = options.memory_limit_bytes or int(cluster.device.memory_bytes * MARGIN)
-    level = options.optimization_level
+    level, pipeline = options.optimization_level, options.pipeline_stages is not None
+    batches = options.microbatches or 0
+    notes: tuple[str, ...] = ()
+    if options.pipeline_stages is not None:
+        check_stages(Divided(subject), options.pipeline_stages)
+        batches, notes = microbatches_of(subject, options)
+    workers = workers_of(options)
+    share = part(cluster, workers)
     found = plan_search(
         subject,
         Wish(
-            cluster,
-            (mesh,) if mesh is not None else candidate_meshes(cluster, level),
-            limit,
+            share,
+            (mesh,) if mesh is not None else candidate_meshes(share, level),
+            # Every worker holds its part of what the search thinks one device holds.
+            limit * workers,
             level,
-            options.microbatches or 0,
+            batches,
             options.remat or "",
             _specs(options.pins),
             traced.donated,
             "" if options.memory_limit_bytes else more_memory(cluster),
+            pipeline,
         ),
     )
     best: Candidate = found.best
+    stages, predicted = None, _predicted(best, limit)
+    if pipeline:
+        divided = Divided(best.subject)
+        stages = stages_of(divided, best.assignment, best.mesh, share, options)
+        predicted = predicted_of(best, stages, cluster, limit, traced.donated)
     planned = _planned(
         replace(traced, program=best.subject.program),
         best.assignment,
@@ -132,8 +168,9 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         jax_mesh,
         remat=_policies(best.remat, best.segments),
         microbatches=best.microbatches,
-        predicted=_predicted(best, limit),
-        notes=found.notes,
+        stages=stages,
+        predicted=predicted,
+        notes=(*notes, *found.notes),
     )
     return replace(planned, cluster=cluster)
 
@@ -170,13 +207,23 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
             "'zero3', or leave it out to search"
         )
     batches = options.microbatches or 1
+    notes: tuple[str, ...] = ()
+    owner: Sequence[int] = ()
+    stages, divided = None, Divided(subject)
+    if options.pipeline_stages is not None:
+        check_stages(divided, options.pipeline_stages)
+        batches, notes = microbatches_of(subject, options)
+        owner = divided.segmentation.owner
     if batches > 1:
-        timed = microbatched(subject, assignment, mesh, batches)
+        timed = microbatched(subject, assignment, mesh, batches, owner)
         if isinstance(timed, Refusal):
             raise InfeasibleError(
                 problems(f"{batches} microbatches can not be:", timed.reasons)
             )
         assignment = timed[0]
+    if options.pipeline_stages is not None:
+        share = part(cluster_of(options), workers_of(options))
+        stages = stages_of(divided, assignment, mesh, share, options)
     return _planned(
         traced,
         assignment,
@@ -186,6 +233,8 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
         recipe=recipe,
         remat=_policies(remat),
         microbatches=batches,
+        stages=stages,
+        notes=notes,
     )
 
 
@@ -212,7 +261,14 @@ def _planned(
         **more,
     )
     plan = replace(plan, notes=(*plan.notes, *notes))
-    return Planned(plan, traced, _laid(jax_mesh, mesh, options))
+    return planned_of(plan, traced, _laid(jax_mesh, plan.whole_mesh, options))
+
+
+def planned_of(plan: Plan, traced: Traced, jax_mesh: Any) -> Planned:
+    """A plan bound to its step, as a pipeline where it is one."""
+    if plan.stages is None:
+        return Planned(plan, traced, jax_mesh)
+    return PipelinePlanned(plan, traced, jax_mesh)
 
 
 def _policies(
@@ -261,7 +317,7 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
     for segments, policy in plan.remat:
         traced = rewritten(traced, policy, segments)
     plan.fits(traced.program)
-    jax_mesh, mesh, count = _where(options)
+    jax_mesh, mesh, count = _where(options, plan.stages)
     if mesh is not None and mesh.shape != plan.mesh.shape:
         raise MeshError(
             f"the plan is for mesh ({plan.mesh}), mesh=({mesh}) is asked for; drop "
@@ -269,38 +325,76 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
         )
     cluster = options.cluster or plan.cluster
     what = options.cluster or f"this machine ({jax.default_backend()})"
-    if plan.mesh.num_devices != count and (options.cluster or not cluster):
+    if plan.num_devices != count and (options.cluster or not cluster):
         raise MeshError(
-            f"the plan is for {plan.mesh.num_devices} devices, mesh ({plan.mesh}), "
+            f"the plan is for {plan.num_devices} devices, mesh ({plan.whole_mesh}), "
             f"{what} has {count}; plan again for {count}"
         )
     options = replace(options, cluster="" if jax_mesh is not None else cluster)
-    return Planned(plan, traced, _laid(jax_mesh, plan.mesh, options))
+    return planned_of(plan, traced, _laid(jax_mesh, plan.whole_mesh, options))
 
 
 def _platform(options: Options) -> str:
     if options.cluster:
-        return parse_target(options.cluster).platform
+        return parse_cluster(options.cluster).device.platform
     given = options.mesh
     if isinstance(given, jax.sharding.Mesh):
         return str(given.devices.flat[0].platform)
     return jax.default_backend()
 
 
-def _where(options: Options) -> tuple[Any, Mesh | None, int]:
-    """The user's JAX mesh if one was given, the mesh if fixed, the device count."""
+def _where(
+    options: Options, stages: Stages | None = None
+) -> tuple[Any, Mesh | None, int]:
+    """The user's JAX mesh if one was given, the mesh if fixed, the device count.
+
+    Of a pipeline (``stages``: of a plan that there is) the mesh of one worker.
+    """
     given = options.mesh
     mesh = None if given is None else as_mesh(given)
+    workers = stages.num_workers if stages else workers_of(options)
+    jax_mesh = None
     if options.cluster:
-        count = parse_target(options.cluster).device_count
+        count = parse_cluster(options.cluster).num_devices
         what = options.cluster
     elif isinstance(given, jax.sharding.Mesh):
-        return given, mesh, given.size
+        jax_mesh, count, what = given, given.size, "the mesh"
     else:
         count, what = len(jax.devices()), f"this machine ({jax.devices()[0].platform})"
+    if stages is None and options.pipeline_stages is None:
+        if mesh is not None and jax_mesh is None:
+            check_count(mesh, count, what)
+        return jax_mesh, mesh, count
+    if count % workers:
+        raise MeshError(
+            f"{workers} pipeline stages side by side do not divide the {count} devices "
+            f"of {what}; ask for a number that does, or for other devices by mesh="
+        )
     if mesh is not None:
-        check_count(mesh, count, what)
-    return None, mesh, count
+        mesh = _of_worker(mesh, workers, jax_mesh is not None)
+        check_count(mesh, count // workers, f"each of {workers} shares of {what}")
+    return jax_mesh, mesh, count if stages else count // workers
+
+
+def _of_worker(mesh: Mesh, workers: int, whole: bool) -> Mesh:
+    """The mesh of one pipeline worker, of one that may have a leading stage axis.
+
+    Raises:
+        MeshError: it has another size than there are workers, or must be there.
+    """
+    if mesh.names[:1] != (STAGE,):
+        if whole:
+            raise MeshError(
+                f"mesh ({mesh}): the leading axis of a pipeline's jax.sharding.Mesh "
+                f'is named "{STAGE}" and has {workers} places'
+            )
+        return mesh
+    if mesh.size(STAGE) != workers:
+        raise MeshError(
+            f"mesh ({mesh}): the axis {STAGE!r} has {mesh.size(STAGE)} places, and "
+            f"{workers} stages run side by side; make it {workers}"
+        )
+    return Mesh(mesh.axes[1:])
 
 
 def _laid(jax_mesh: Any, mesh: Mesh, options: Options) -> Any:
@@ -316,12 +410,7 @@ def _laid(jax_mesh: Any, mesh: Mesh, options: Options) -> Any:
 def _grid(options: Options, count: int) -> tuple[int, ...]:
     """How the devices are linked: a TPU's torus, or all in a row."""
     if options.cluster:
-        target = parse_target(options.cluster)
-        sides = target.text.partition(":")[2].split("x")
-        if target.platform == "tpu" and all(side.isdigit() for side in sides):
-            found = tuple(int(side) for side in sides if int(side) > 1)
-            if math.prod(found) == count:
-                return found or (1,)
+        return parse_cluster(options.cluster).grid
     return (count,)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from rhino_jax.cli.demo import demo
+from rhino_jax.cli.launch import launch
+from rhino_jax.cli.verify import verify
 from rhino_jax.errors import RhinoError
 
 
@@ -24,3 +26,5 @@ def main() -> None:
 
 
 main.add_command(demo)
+main.add_command(launch)
+main.add_command(verify)

@@ -13,7 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-CPU, CUDA, TPU = "cpu", "cuda", "tpu"
+from rhino_jax.cluster.kernels import Kernels
+
+CPU, CUDA, ROCM, TPU = "cpu", "cuda", "rocm", "tpu"
+GPUS = (CUDA, ROCM)
 GIB = 2**30
 TERA, GIGA = 1e12, 1e9
 
@@ -42,6 +45,8 @@ class Device:
     memory_bytes_per_second: float
     sources: tuple[tuple[str, str], ...]
     """(figure, source), one for "flops_per_second" and one for each other figure."""
+    kernels: Kernels | None = None
+    """What a profile says of this device's kernels; None: what is known of its kind."""
 
     @property
     def peak_flops_per_second(self) -> Mapping[str, float]:
@@ -64,8 +69,16 @@ class Device:
         >>> h100.flops_per_second("float8_e4m3fn") / h100.flops_per_second("bfloat16")
         2.0
         """
-        column = "f8" if dtype.startswith("float8") else _COLUMN_OF.get(dtype, "f32")
-        return self.peak_flops_per_second[column]
+        return self.peak_flops_per_second[column(dtype)]
+
+
+def column(dtype: str) -> str:
+    """The column of :data:`COLUMNS` that a type runs as.
+
+    >>> [column(dtype) for dtype in ("bfloat16", "float8_e5m2", "int32")]
+    ['bf16', 'f8', 'f32']
+    """
+    return "f8" if dtype.startswith("float8") else _COLUMN_OF.get(dtype, "f32")
 
 
 def _device(
@@ -161,6 +174,28 @@ def _tpu_v4(name: str, cores: int, memory_source: str) -> Device:
     )
 
 
+def _half_tpu(
+    name: str,
+    page: str,
+    bf16_f8_int8: tuple[float, float, float],
+    peaks_note: str,
+    hbm_gib: float,
+    bandwidth: float,
+) -> Device:
+    """A core of a chip of two, as JAX lists it; figures are the core's."""
+    bf16, f8, int8 = (figure * TERA for figure in bf16_f8_int8)
+    sheet = f"Cloud TPU documentation, {page}: half of the chip's"
+    return _device(
+        name,
+        TPU,
+        page,
+        (bf16, bf16, bf16, f8, int8),
+        f"{sheet} {peaks_note}; f32 is one bf16 pass by default; no f16 units: as bf16",
+        (int(hbm_gib * GIB), _LIBTPU),
+        (bandwidth, f"{sheet} {2 * bandwidth / GIGA:g} GB/s"),
+    )
+
+
 def _tpu(
     name: str,
     kind: str,
@@ -253,6 +288,16 @@ _DEVICES = (
     _volta(32, 34_079_637_504, _CUDA_REPORTS),
     _ampere("a100-40", "NVIDIA A100-SXM4-40GB", 42_331_013_120, 1_555_200_000_000),
     _ampere("a100-80", "NVIDIA A100-SXM4-80GB", 85_100_068_864, 2_039_040_000_000),
+    _device(
+        "h20",
+        CUDA,
+        "NVIDIA H20",
+        (148 * TERA, 148 * TERA, 74 * TERA, 296 * TERA, 296 * TERA),
+        "NVIDIA HGX H20 datasheet, dense: BF16 and FP16 148, TF32 74, FP8 and INT8 "
+        "296; f32 runs as TF32",
+        _told(95.0),
+        (4000 * GIGA, "NVIDIA HGX H20 datasheet: 4.0 TB/s"),
+    ),
     _hopper("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
     _hopper("h200", "NVIDIA H200", 151_397_597_184, 4_800_000_000_000),
     _device(
@@ -275,6 +320,27 @@ _DEVICES = (
         (197_897_748_480, _xla("gb200")),
         (7_928_064_000_000, f"{_xla('gb200')} (NVIDIA's datasheet: 8 TB/s)"),
     ),
+    _device(
+        "mi300x",
+        ROCM,
+        "AMD Instinct MI300X",
+        (1307.4 * TERA, 1307.4 * TERA, 653.7 * TERA, 2614.9 * TERA, 2614.9 * TERA),
+        "AMD Instinct MI300X datasheet, dense: BF16 and FP16 1307.4, TF32 653.7, FP8 "
+        "and INT8 2614.9; f32 runs as TF32",
+        (
+            int(191.98 * GIB),
+            "AMD Instinct MI300X datasheet: 192 GB, less what ROCm keeps",
+        ),
+        (5300 * GIGA, "AMD Instinct MI300X datasheet: 5.3 TB/s"),
+    ),
+    _half_tpu(
+        *("v2", "TPU v2", (22.5, 22.5, 22.5)),
+        *("45 TFLOPS, bf16; no f8 or int8 units: as bf16", 7.48, 350 * GIGA),
+    ),
+    _half_tpu(
+        *("v3", "TPU v3", (61.5, 61.5, 61.5)),
+        *("123 TFLOPS, bf16; no f8 or int8 units: as bf16", 15.48, 450 * GIGA),
+    ),
     _tpu_v4("v4", 1, _LIBTPU),
     _tpu_v4("v4-megacore", 2, f"assumed twice a core's; {_LIBTPU}"),
     _tpu(
@@ -285,7 +351,11 @@ _DEVICES = (
     _tpu(
         *("v6e", "TPU v6 lite", (918, 1836, 918)),
         *("f8 as bf16 (jax.experimental.pallas.tpu, get_tpu_info)", 31.25),
-        1600 * GIGA,
+        1638 * GIGA,
+    ),
+    _half_tpu(
+        *("tpu7x", "TPU7x", (1153.5, 2307, 1153.5)),
+        *("2307 TFLOPS bf16, 4614 FP8; no int8 units: as bf16", 94.75, 3690 * GIGA),
     ),
 )
 CATALOGUE: Mapping[str, Device] = {device.name: device for device in _DEVICES}
@@ -295,6 +365,7 @@ _ALSO = {
     "TPU v5e": "v5e",
     "TPU v5p": "v5p",
     "TPU v6e": "v6e",
+    "TPU v7x": "tpu7x",
     "NVIDIA H200 141GB HBM3e": "h200",
     # Drivers of before 2021 left the maker out.
     "A100-SXM4-40GB": "a100-40",

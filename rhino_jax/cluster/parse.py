@@ -1,21 +1,27 @@
-"""Clusters as users write them: "h100:2x8", "v5e:4x4", "cpu:8"."""
+"""Clusters as users write them: "h100:2x8", "v5e:4x4", "cpu:8", "my.yaml"."""
 
 from __future__ import annotations
 
 import math
 import re
 
-from rhino_jax.cluster.hardware import CATALOGUE, CPU, CUDA
+from rhino_jax.cluster.hardware import CATALOGUE, CPU, GPUS
 from rhino_jax.cluster.links import (
+    DOMAINS,
+    POD_CHIPS,
     TORUS_DIMENSIONS,
     cpu_cluster,
     gpu_cluster,
     tpu_cluster,
 )
+from rhino_jax.cluster.own import SUFFIXES, read_cluster
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import ClusterError, nearest
 
-ALIASES = {"a100": "a100-80", "v100": "v100-16", "v5litepod": "v5e"}
+ALIASES = {
+    **{"a100": "a100-80", "v100": "v100-16", "v5litepod": "v5e"},
+    **{"v7": "tpu7x", "ironwood": "tpu7x"},
+}
 _TEXT = re.compile(r"\s*([\w\-]+)\s*:\s*(\d+(?:x\d+)*?)(?:x(\d+)slices?)?\s*")
 
 
@@ -23,16 +29,21 @@ def parse_cluster(text: str) -> Cluster:
     """Read a cluster.
 
     "h100:2x8" is two hosts of eight GPUs ("h100:8" one host), "v5e:4x4" a TPU slice of
-    4 by 4 chips, "v5e:16x16x4slices" four of 16 by 16, "cpu:8" eight simulated devices.
-    Its name is the text in full: "a100:8" is named "a100-80:1x8".
+    4 by 4 chips, "v5e:16x16x4slices" four of 16 by 16, "cpu:8" eight simulated devices,
+    "cpu:2x4" as many in two processes, "my.yaml" what that file describes
+    (:mod:`rhino_jax.cluster.own`). Its name is the text in full: "a100:8" is named
+    "a100-80:1x8".
 
     >>> parse_cluster("a100:8").name, parse_cluster("v4:2x2x4").num_devices
     ('a100-80:1x8', 32)
 
     Raises:
         ClusterError: an unknown device (with the nearest names), a size that is no
-            size, or a shape that this device does not come in.
+            size, or a shape that this device does not come in; a file that describes
+            no cluster.
     """
+    if text.strip().lower().endswith(SUFFIXES):
+        return read_cluster(text.strip())
     found = _TEXT.fullmatch(text.lower())
     known = [*CATALOGUE, *ALIASES]
     if not found:
@@ -56,13 +67,13 @@ def parse_cluster(text: str) -> Cluster:
             f"{text!r}: a size of 0 leaves no device; write at least 1, such as "
             f"{example(name)}."
         )
-    if CATALOGUE[name].platform in (CPU, CUDA) and found.group(3):
+    if CATALOGUE[name].platform in (CPU, *GPUS) and found.group(3):
         raise ClusterError(
             f"{text!r}: only TPUs come in slices; write {example(name)}."
         )
     if CATALOGUE[name].platform == CPU:
         return _cpu(text, shape)
-    if CATALOGUE[name].platform == CUDA:
+    if CATALOGUE[name].platform in GPUS:
         return _gpu(text, name, shape)
     return _tpu(text, name, shape, slices)
 
@@ -76,15 +87,19 @@ def example(name: str) -> str:
     name_in_full = ALIASES.get(name, name)
     if CATALOGUE[name_in_full].platform == CPU:
         return f"{name}:8"
-    if CATALOGUE[name_in_full].platform == CUDA:
+    if CATALOGUE[name_in_full].platform in GPUS:
         return f"{name}:2x8"
     return f"{name}:" + "x".join("4" * TORUS_DIMENSIONS[name_in_full])
 
 
 def _cpu(text: str, shape: tuple[int, ...]) -> Cluster:
-    if len(shape) > 1:
-        raise ClusterError(f"{text!r}: CPU devices have one number, such as cpu:8.")
-    return cpu_cluster(shape[0])
+    if len(shape) > 2:
+        raise ClusterError(
+            f"{text!r} has {len(shape)} numbers, CPU devices have two: cpu:processes x "
+            "devices a process, such as cpu:2x4 (cpu:8 is one process)."
+        )
+    processes, per_process = shape if len(shape) == 2 else (1, shape[0])
+    return cpu_cluster(per_process, processes)
 
 
 def _gpu(text: str, name: str, shape: tuple[int, ...]) -> Cluster:
@@ -94,6 +109,12 @@ def _gpu(text: str, name: str, shape: tuple[int, ...]) -> Cluster:
             f"host, such as {example(name)}."
         )
     hosts, per_host = shape if len(shape) == 2 else (1, shape[0])
+    if per_host > DOMAINS.get(name, per_host):
+        raise ClusterError(
+            f"{text!r}: one NVLink domain of {name} has {DOMAINS[name]} GPUs, not "
+            f"{per_host}; write {name}:domains x GPUs a domain, such as "
+            f"{name}:2x{DOMAINS[name]}."
+        )
     return gpu_cluster(name, hosts, per_host)
 
 
@@ -109,5 +130,11 @@ def _tpu(text: str, name: str, shape: tuple[int, ...], slices: int) -> Cluster:
         raise ClusterError(
             f"{text!r}: hosts of {name} have 2x2 chips, so the first two numbers must "
             f"be even (or the whole slice below 4 chips), such as {example(name)}."
+        )
+    chips = math.prod(shape)
+    if chips > POD_CHIPS[name]:
+        raise ClusterError(
+            f"{text!r} has {chips} chips in one slice, a pod of {name} has "
+            f"{POD_CHIPS[name]}; write several slices, such as {example(name)}x2slices."
         )
     return tpu_cluster(name, shape, slices)

@@ -12,11 +12,27 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+
 from rhino_jax.cluster.hardware import TPU, Device
+from rhino_jax.errors import MeshError
 from rhino_jax.ir.mesh import TIME, TORUS, Axis, Mesh
 
 MEMORY, CHIP, NVLINK, PCIE, NETWORK = "memory", "chip", "nvlink", "pcie", "network"
 """Kinds of link, with :data:`rhino_jax.ir.mesh.TORUS`."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one kind of collective takes among ``count`` devices over one link.
+
+    A line through what was measured or told: ``latency_seconds`` and bytes sent.
+    """
+
+    kind: str
+    count: int
+    latency_seconds: float
+    bytes_per_second: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,10 @@ class Link:
     latency_source: str
     wraps: bool = False
     """The last device of a torus dimension is wired to the first."""
+    tree_latency_seconds: float = 0.0
+    """Per step of a tree; 0.0 where the library knows no trees."""
+    fits: tuple[Fit, ...] = ()
+    """What a profile says of collectives over this link, by kind and count."""
 
     def __post_init__(self) -> None:
         assert self.bytes_per_second > 0 and self.latency_seconds > 0, self
@@ -50,6 +70,22 @@ class Link:
         a line, whose ends have one wire.
         """
         return self.bytes_per_second * (2 if self.wraps else 1)
+
+    def fitted(self, kind: str, wire_bytes: float, count: int) -> float | None:
+        """Seconds by the profile; None where it says nothing of ``kind``.
+
+        Between counts that it knows, on a straight line over the logarithm of the
+        count; beyond them, as the nearest.
+        """
+        known = sorted(
+            (fit.count, fit.latency_seconds + wire_bytes / fit.bytes_per_second)
+            for fit in self.fits
+            if fit.kind == kind
+        )
+        if not known:
+            return None
+        places = [math.log2(at) for at, _ in known]
+        return float(np.interp(math.log2(count), places, [s for _, s in known]))
 
 
 @dataclass(frozen=True)
@@ -68,6 +104,10 @@ class Cluster:
     device: Device
     levels: tuple[tuple[Link, int], ...]
     """(link, size), outermost first; sizes of 1 stay, to keep the shape as written."""
+
+    def __hash__(self) -> int:
+        # Look-ups by cluster are many; the rest follows from the name but for profiles.
+        return hash(self.name)
 
     def __post_init__(self) -> None:
         assert self.levels, f"{self.name} has no levels"
@@ -97,6 +137,42 @@ class Cluster:
         sides = [sizes[place] for place in torus]
         sides[0], sides[-1] = sides[0] * outside, sides[-1] * inside
         return tuple(side for side in sides if side > 1) or (1,)
+
+
+def part(cluster: Cluster, parts: int) -> Cluster:
+    """One of ``parts`` equal shares of a cluster: runs of neighbouring devices.
+
+    Raises:
+        MeshError: the devices, or a level of links, can not be divided so.
+
+    >>> from rhino_jax.cluster.parse import parse_cluster
+    >>> [size for _, size in part(parse_cluster("h100:2x8"), 4).levels]
+    [1, 4]
+    """
+    levels, rest = [], parts
+    for link, size in cluster.levels:
+        shared = math.gcd(size, rest)
+        if rest > 1 and shared not in (size, rest):
+            break
+        cut = shared > 1 and link.wraps
+        levels.append((replace(link, wraps=False) if cut else link, size // shared))
+        rest //= shared
+    if rest > 1:
+        sizes = " x ".join(str(size) for _, size in cluster.levels)
+        raise MeshError(
+            f"{cluster.name} ({sizes} = {cluster.num_devices} devices) can not be "
+            f"divided among {parts} pipeline stages that run side by side; ask for a "
+            "number that divides the hosts, or their devices"
+        )
+    if parts == 1:
+        return cluster
+    return replace(cluster, name=f"1/{parts} of {cluster.name}", levels=tuple(levels))
+
+
+def between_parts(cluster: Cluster) -> Link:
+    """The slowest link that neighbouring shares of :func:`part` talk over."""
+    whole = [link for link, size in cluster.levels if size > 1]
+    return (whole or [cluster.levels[0][0]])[0]
 
 
 Crossing = tuple[tuple[Link, int], ...]
@@ -213,5 +289,6 @@ def _narrowed(link: Link, digits: list[_Digit], axes: tuple[str, ...]) -> Link:
         link,
         bytes_per_second=link.bytes_per_second / apart,
         latency_seconds=link.latency_seconds * apart,
+        fits=link.fits if apart == 1 else (),
         wraps=link.wraps and last == len(digits) - 1,
     )

@@ -41,7 +41,7 @@ from rhino_jax.cost.tiles import Size
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
-from rhino_jax.ir.program import Op, Program, Value, itemsize
+from rhino_jax.ir.program import WAITS, Op, Program, Value, itemsize
 from rhino_jax.ir.steps import Move
 
 __all__ = [
@@ -307,7 +307,9 @@ class _Unfolding:
         if op.kind in (BARRIER, REMATERIALIZE):
             for v, layout, read in zip(op.results, given, reads, strict=True):
                 frame.put(v, layout, read)
-            self.pinned.update(dict.fromkeys(reads))
+            waits = (frame.versions.get(v, {}) for v in op.param.get(WAITS, ()))
+            held = (buffer for versions in waits for buffer in versions.values())
+            self.pinned.update(dict.fromkeys((*reads, *held)))
             return
         if _renames(program, op):
             frame.put(op.results[0], given[0], reads[0])

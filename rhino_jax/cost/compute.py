@@ -1,11 +1,12 @@
 """Seconds of compute on one device: a roofline an op.
 
 An op takes the longer of its arithmetic at the peak of the matrix units and its bytes
-at the memory's bandwidth, each at a share of the data sheet's figure that real kernels
-reach (:data:`EFFICIENCY`), and the launch of its kernel. Only matrix products and
-convolutions are priced by arithmetic; all else is bound by memory. Bytes are those of
-real buffers: what is fused away (:mod:`rhino_jax.cost.fusion`) is neither written nor
-read (:mod:`rhino_jax.cost.traffic`). No loss in small or odd shapes, no overlap.
+at the memory's bandwidth, each at the share of the data sheet's figure that kernels of
+its kind and size reach by the device's profile (:mod:`rhino_jax.cluster.kernels`), and
+the launch of its kernel. Only matrix products and convolutions are priced by
+arithmetic; all else is bound by memory. Bytes are those of real buffers: what is fused
+away (:mod:`rhino_jax.cost.fusion`) is neither written nor read
+(:mod:`rhino_jax.cost.traffic`). No overlap.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from rhino_jax.cluster.hardware import Device
+from rhino_jax.cluster.hardware import Device, column
+from rhino_jax.cluster.kernels import (
+    BATCHED,
+    CONVOLUTION,
+    ELEMENTWISE,
+    GATHER,
+    OPERANDS,
+    PRODUCT,
+    REDUCTION,
+    SCATTER,
+)
+from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cost.buffers import Instruction, Unfolded
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
@@ -26,25 +38,19 @@ from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program, Value
 
 PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general")
-CONVOLUTION = "conv_general_dilated"
-MEMORY, OPERANDS = "memory", "operands"
-TILED = frozenset((*PRODUCTS, CONVOLUTION))
-
-EFFICIENCY: Mapping[str, float] = {
-    # Alone, products of 2048 and more a side reach 0.69 to 0.77 in bfloat16.
-    **dict.fromkeys(PRODUCTS, 0.72),
-    CONVOLUTION: 0.4,
-    # Products and convolutions that wait for their operands: 0.73 alone, less where
-    # elementwise work is fused into them.
-    OPERANDS: 0.6,
-    # All else: elementwise kernels 0.83 to 0.98, reductions 0.74 to 0.85.
-    MEMORY: 0.92,
+GROUPED = ("ragged_dot", "ragged_dot_general")
+CONVOLVED = "conv_general_dilated"
+TILED = frozenset((*PRODUCTS, CONVOLVED))
+READS: Mapping[str, str] = {
+    **dict.fromkeys(TILED, OPERANDS),
+    **dict.fromkeys("reduce_sum reduce_max reduce_min reduce_prod".split(), REDUCTION),
+    **dict.fromkeys("argmax argmin cumsum".split(), REDUCTION),
+    "gather": GATHER,
+    **dict.fromkeys("scatter scatter-add scatter_add".split(), SCATTER),
 }
-"""Share of the data sheet's peak that kernels reach. Fitted to six whole steps measured
-on an H100 (``benchmarks/on_gpu.py``)."""
-
-LAUNCH_SECONDS: Mapping[str, float] = {"cuda": 2e-6, "tpu": 0.0, "cpu": 0.0}
-"""What a kernel takes however little it does. Measured on an H100; 0: not measured."""
+"""Kind of kernel by kind of op, of what is bound by memory; the rest: elementwise."""
+LETTERS = "bmkn"
+"""Factors of a product by their first letter: batch, rows, contracted, columns."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +75,36 @@ def op_flops(op: Op, rule: Rule, choice: Choice, mesh: Mesh) -> int:
     Two for every point of the local iteration space. Padding of a convolution counts;
     the zeros between the elements of a dilated operand do not.
     """
-    if op.kind not in (*PRODUCTS, CONVOLUTION):
+    if op.kind not in TILED:
         return 0
     points = 1
     for factor in rule.factors:
         # Where windows overlap, the operand's own dimension ("x") is no loop: the
         # window and the result's dimension are.
-        if op.kind != CONVOLUTION or not factor.name.startswith("x"):
+        if op.kind in GROUPED and factor.name in ("g", "c"):
+            continue  # each row is multiplied with the matrix of one group
+        if op.kind != CONVOLVED or not factor.name.startswith("x"):
             points *= local_size(factor.size, choice.on(factor.name), mesh)
-    if op.kind == CONVOLUTION:
+    if op.kind == CONVOLVED:
         points //= math.prod(op.param["lhs_dilation"])
     return 2 * points
+
+
+def product_size(rule: Rule, choice: Choice, mesh: Mesh) -> tuple[float, ...]:
+    """Batch, rows, contracted dimension and columns of a product on one shard."""
+    sides = dict.fromkeys(LETTERS, 1.0)
+    for factor in rule.factors:
+        letter = factor.name[0] if factor.name[0] in sides else "m"
+        sides[letter] *= local_size(factor.size, choice.on(factor.name), mesh)
+    return tuple(sides.values())
+
+
+def memory_seconds(num_bytes: float, device: Device, kind: str = ELEMENTWISE) -> float:
+    """Seconds of a kernel of ``kind`` that only moves bytes; no launch."""
+    if not num_bytes:
+        return 0.0
+    share = kernels_of(device).share(kind, "", (num_bytes,))
+    return num_bytes / (device.memory_bytes_per_second * share)
 
 
 def op_work(
@@ -140,7 +165,8 @@ def kernel_work(
     num_bytes = whole_bytes(op.kind, real[:count], real[count:], sum(sizes[count:]))
     flops = op_flops(op, rule, choice, mesh)
     dtypes = tuple(v.dtype for v in reads[:2])
-    return _roofline(op.kind, flops, num_bytes, dtypes, device)
+    size = _size(op.kind, flops, rule, choice, mesh)
+    return _roofline(op.kind, flops, size, num_bytes, dtypes, device)
 
 
 def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Work:
@@ -174,12 +200,14 @@ def instruction_work(
     ``num_bytes`` are those that it moves (:mod:`rhino_jax.cost.traffic`).
     """
     flops = 0
+    size: tuple[float, ...] = ()
     dtypes: tuple[str, ...] = ()
     if at.rule is not None and at.op is not None and at.step is None:
         flops = op_flops(at.op, at.rule, at.plan.choice, mesh)
         dtypes = _dtypes(at.program, at.op)
-    work = _roofline(at.kind, flops, num_bytes, dtypes, device)
-    launched = LAUNCH_SECONDS[device.platform] if num_bytes else 0.0
+        size = _size(at.kind, flops, at.rule, at.plan.choice, mesh)
+    work = _roofline(at.kind, flops, size, num_bytes, dtypes, device)
+    launched = kernels_of(device).launch_seconds if num_bytes else 0.0
     return replace(work, seconds=work.seconds + launched)
 
 
@@ -187,12 +215,28 @@ def _dtypes(program: Program, op: Op) -> tuple[str, ...]:
     return tuple(program.values[v].dtype for v in op.operands[:2])
 
 
+def _size(
+    kind: str, flops: int, rule: Rule, choice: Choice, mesh: Mesh
+) -> tuple[float, ...]:
+    """The size by which a curve of arithmetic is looked up."""
+    if not flops:
+        return ()
+    return (flops,) if kind == CONVOLVED else product_size(rule, choice, mesh)
+
+
 def _roofline(
-    kind: str, flops: int, num_bytes: int, dtypes: tuple[str, ...], device: Device
+    kind: str,
+    flops: int,
+    size: tuple[float, ...],
+    num_bytes: int,
+    dtypes: tuple[str, ...],
+    device: Device,
 ) -> Work:
-    share = EFFICIENCY[OPERANDS if kind in TILED else MEMORY]
-    seconds = num_bytes / (device.memory_bytes_per_second * share)
+    seconds = memory_seconds(num_bytes, device, READS.get(kind, ELEMENTWISE))
     if flops:
-        peak = min(device.flops_per_second(dtype) for dtype in dtypes)
-        seconds = max(seconds, flops / (peak * EFFICIENCY[kind]))
+        slowest = min(dtypes, key=device.flops_per_second)
+        batched = BATCHED if size[0] > 1 else PRODUCT
+        curve = CONVOLUTION if kind == CONVOLVED else batched
+        share = kernels_of(device).share(curve, column(slowest), size)
+        seconds = max(seconds, flops / (device.flops_per_second(slowest) * share))
     return Work(flops, num_bytes, seconds)

@@ -39,15 +39,17 @@ class Habits:
 
 
 PLAIN = Habits()
+# cuBLAS on Hopper asks for 32 MiB (XLA's s8[33554432]); the thresholds are the
+# defaults of xla_gpu_*_combine_threshold_bytes.
+_GPU = Habits(
+    *(32 * MIB, 30 * MIB),
+    late_products=True,
+    stores_last=True,
+    scatters_windows=True,
+)
 HABITS: Mapping[str, Habits] = {
-    # cuBLAS on Hopper asks for 32 MiB (XLA's s8[33554432]); the thresholds are the
-    # defaults of xla_gpu_*_combine_threshold_bytes.
-    "cuda": Habits(
-        *(32 * MIB, 30 * MIB),
-        late_products=True,
-        stores_last=True,
-        scatters_windows=True,
-    ),
+    "cuda": _GPU,
+    "rocm": _GPU,  # assumed as of CUDA: not observed
     # Nothing is dear beside memory traffic: a gelu is made again in every product.
     "tpu": Habits(
         late_products=True, products_fuse=True, dear=frozenset(), size=tiled_bytes

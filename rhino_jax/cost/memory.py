@@ -102,11 +102,15 @@ class Held:
         self.unfolded = unfolded
         self.fused = fused
         self.born, self.dies = _lifetimes(unfolded, fused, habits)
-        self.inside = {
-            i: max(_body_peak(body, habits) for body in instruction.bodies)
-            for i, instruction in enumerate(unfolded.instructions)
-            if instruction.bodies
+        self.within = {
+            i: max(
+                (Held(body, fusion(body, habits), habits) for body in one.bodies),
+                key=lambda body: body.peak_bytes,
+            )
+            for i, one in enumerate(unfolded.instructions)
+            if one.bodies
         }
+        self.inside = {i: body.peak_bytes for i, body in self.within.items()}
         for i, instruction in enumerate(unfolded.instructions):
             if instruction.kind in WORKSPACE and habits.workspace_bytes:
                 self.inside[i] = habits.workspace_bytes
@@ -119,20 +123,29 @@ class Held:
         *held, _ = accumulate(change)
         self.bytes_at = [held[i] + self.inside.get(i, 0) for i in range(end)]
 
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.bytes_at, default=0)
+
     def named(self, spot: int) -> Iterator[tuple[str, int]]:
-        """The largest buffers held during one instruction."""
-        live = [b for b, birth in self.born.items() if birth <= spot <= self.dies[b]]
-        buffers = self.unfolded.buffers
-        named = [(buffers[b].name, buffers[b].num_bytes) for b in live]
-        if self.inside.get(spot):
-            kind = self.unfolded.instructions[spot].kind
-            named.append((f"inside {kind}", self.inside[spot]))
-        yield from sorted(named, key=lambda pair: (-pair[1], pair[0]))[:_NAMED]
+        """The largest buffers held during one instruction, in its bodies too."""
+        yield from sorted(self._named(spot), key=lambda pair: (-pair[1], pair[0]))[
+            :_NAMED
+        ]
 
-
-def _body_peak(body: Unfolded, habits: Habits) -> int:
-    """The bytes that a body holds at most beside what its loop holds."""
-    return max(Held(body, fusion(body, habits), habits).bytes_at, default=0)
+    def _named(self, spot: int) -> Iterator[tuple[str, int]]:
+        instructions = self.unfolded.instructions
+        for buffer, birth in self.born.items():
+            if birth <= spot <= self.dies[buffer]:
+                held = self.unfolded.buffers[buffer]
+                where = instructions[birth].where if birth >= 0 else Where()
+                place = f" of {where}" if held.name.startswith("%") and where else ""
+                yield held.name + place, held.num_bytes
+        if spot in self.within:
+            body = self.within[spot]
+            yield from body._named(body.bytes_at.index(body.peak_bytes))
+        elif self.inside.get(spot):
+            yield f"workspace of {instructions[spot].kind}", self.inside[spot]
 
 
 def _lifetimes(

@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rhino_jax.cluster.topology import Cluster
-from rhino_jax.cost.buffers import Instruction, RuleOf, Unfolded, unfold
+from rhino_jax.cost.buffers import (
+    ACCUMULATE,
+    Instruction,
+    RuleOf,
+    Unfolded,
+    unfold,
+)
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import instruction_work
 from rhino_jax.cost.fusion import Fusion, fusion
@@ -98,6 +104,32 @@ def stretches(
         )
         for s in segments
     )
+
+
+def op_seconds(
+    program: Program,
+    assignment: Assignment,
+    mesh: Mesh,
+    cluster: Cluster,
+    rule_of: RuleOf,
+) -> dict[int, float]:
+    """Seconds of a whole step by op, each with its moves; all microbatches together.
+
+    What is behind the last op counts under the number of ops.
+    """
+    wide = assignment.over(mesh)
+    habits = HABITS[cluster.device.platform]
+    unfolded = unfold(program, assignment, mesh, rule_of, (), habits)
+    loops = [one for one in unfolded.instructions if one.kind == ACCUMULATE]
+    parts = [(unfolded, 1), *((body, x.trips) for x in loops for body in x.bodies)]
+    found: dict[int, float] = {}
+    for part, trips in parts:
+        moved = traffic(part, fusion(part, habits))
+        for one, num_bytes in zip(part.instructions, moved, strict=True):
+            if one.kind != ACCUMULATE:
+                spent = trips * _seconds(one, num_bytes, wide, cluster)
+                found[one.index] = found.get(one.index, 0.0) + spent
+    return found
 
 
 def _op_seconds(

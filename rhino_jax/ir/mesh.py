@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 TIME = "time"
+STAGE = "stage"
+"""The leading axis of a mesh that holds those of all pipeline workers."""
 TORUS = "torus"
 """The link of axes that lie on a TPU's torus."""
 

@@ -16,6 +16,7 @@ from jax import lax
 
 from rhino_jax.ir.assignment import Assignment, phases
 from rhino_jax.ir.mesh import TIME, Mesh
+from rhino_jax.ir.pipeline.flow import leaving as leaves_by
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.steps import Move
 from rhino_jax.lower.manual import Frame, entered, finished, run_ops
@@ -41,7 +42,7 @@ def run(
     before, inside, after = phases(program, loop.ops)
     frame = entered(program, assignment, mesh, args)
     run_ops(frame, assignment, before)
-    leaving = [m for m in loop.leave if TIME in m.source.axes or not m.steps]
+    leaving = [m for m in loop.leave if leaves_by(m)]
     _accumulate(frame, assignment, inside, loop.trips, leaving)
     for move in loop.leave:
         if move not in leaving:
@@ -70,35 +71,39 @@ def _accumulate(
         run_ops(here, assignment, ops)
         terms = [here.get(m.value, m.source) for m in sums]
         added = [
-            COMBINE[_operator(m)](total, term.astype(total.dtype))
+            COMBINE[operator_of(m)](total, term.astype(total.dtype))
             for m, total, term in zip(sums, totals, terms, strict=True)
         ]
         return added, [here.get(m.value, m.source) for m in rest]
 
-    start = [_empty(program, m, mesh) for m in sums]
+    start = [empty_total(program, m, mesh) for m in sums]
     totals, stacks = lax.scan(turn, start, jnp.arange(trips, dtype=jnp.int32))
     for move, total in zip(sums, totals, strict=True):
         dtype = program.values[move.value].dtype
         frame.put(move.value, move.target, total.astype(dtype))
     for move, stack in zip(rest, stacks, strict=True):
-        whole = stack[-1]
-        if move.steps:
-            (step,) = move.steps
-            whole = put_together(stack, program.values[move.value].shape, step, mesh)
+        whole = gathered(program, move, stack, mesh) if move.steps else stack[-1]
         frame.put(move.value, move.target, whole)
 
 
-def _operator(move: Move) -> str:
+def gathered(program: Program, move: Move, stack: jax.Array, mesh: Mesh) -> jax.Array:
+    """[turns, *shard] of the rows of every turn as one shard."""
+    (step,) = move.steps
+    return put_together(stack, program.values[move.value].shape, step, mesh)
+
+
+def operator_of(move: Move) -> str:
+    """The operator with which the turns' terms of a leaving sum are combined."""
     operator = move.source.operator(TIME)
     assert operator is not None
     return operator
 
 
-def _empty(program: Program, move: Move, mesh: Mesh) -> jax.Array:
+def empty_total(program: Program, move: Move, mesh: Mesh) -> jax.Array:
     """The accumulator before the first turn."""
     value = program.values[move.value]
     dtype = jnp.dtype(value.dtype)
     if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         dtype = jnp.dtype(jnp.float32)
     shape = move.source.local_shape(value.shape, mesh)
-    return jnp.broadcast_to(neutral(_operator(move), dtype), shape)
+    return jnp.broadcast_to(neutral(operator_of(move), dtype), shape)

@@ -21,7 +21,7 @@ from rhino_jax import compat
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.layout import Layout, contiguous
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.program import WAITS, Op, Program
 from rhino_jax.lower.control import CONTROL
 from rhino_jax.rules import rule_of
 
@@ -72,6 +72,11 @@ class _Replay:
                 if program.values[move.value].literal is None:
                     moved[move.value] = self.constrain(held[move.value], move.target)
             ins = [read(v) for v in op.operands]
+            waits = [v for v in op.param.get(WAITS, ()) if v in held]
+            if waits:
+                ins, waited = lax.optimization_barrier((ins, [read(v) for v in waits]))
+                held.update(zip(waits, waited, strict=True))
+                moved.update(zip(waits, waited, strict=True))
             rule = None if op.programs else rule_of(program, op)
             _, given = boundary(program, op, plan, rule)
             with compat.as_written(op.source):

@@ -74,7 +74,7 @@ def as_function(
         def inner(*args: jax.Array) -> tuple[jax.Array, ...]:
             return tuple(replay(program, assignment, mesh, jax_mesh, args))
 
-    elif _on_devices(mesh):
+    elif on_devices(mesh):
         inner = jax.shard_map(
             local_step,
             mesh=jax_mesh,
@@ -96,7 +96,7 @@ def as_function(
     return step
 
 
-def _on_devices(mesh: Mesh) -> bool:
+def on_devices(mesh: Mesh) -> bool:
     """Whether there is an axis of devices: the time axis is none."""
     return any(axis.name != TIME for axis in mesh.axes)
 
@@ -112,7 +112,7 @@ def jit_step(
     """:func:`as_function`, jitted with its shardings and donated arguments."""
     step = as_function(program, assignment, mesh, jax_mesh, lowering)
     donate = tuple(donated)
-    if not _on_devices(mesh):
+    if not on_devices(mesh):
         return jax.jit(step, donate_argnums=donate)
     return jax.jit(
         step,

@@ -16,13 +16,19 @@ from rhino_jax.plan import Collective, Leaf, Plan, Predicted
 from rhino_jax.search.explain import Explanation
 
 WIDTH = 100
+STAGES = ("", "segments", "worker", "inputs", "sent each microbatch", "sent once")
 UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
-def plan_text(plan: Plan, activations: Iterable[Leaf] = ()) -> str:
+def plan_text(
+    plan: Plan,
+    activations: Iterable[Leaf] = (),
+    stages: Sequence[Sequence[str]] = (),
+) -> str:
     """The whole plan, at most :data:`WIDTH` columns wide.
 
-    ``activations`` are interior values worth showing, by source line or name.
+    ``activations`` are interior values worth showing, by source line or name;
+    ``stages`` rows of :mod:`rhino_jax.report.stages`.
     """
     from rich.console import Console
 
@@ -35,9 +41,11 @@ def plan_text(plan: Plan, activations: Iterable[Leaf] = ()) -> str:
         markup=False,
         emoji=False,
     )
-    count = max(plan.mesh.num_devices, 1)
+    count = max(plan.num_devices, 1)
     where = plan.cluster or ("1 device" if count == 1 else f"{count} devices")
     mesh = f"mesh ({plan.mesh})" if plan.mesh.axes else "no mesh"
+    if plan.stages:
+        mesh = f"{plan.stages} · each on {mesh if plan.mesh.axes else 'one device'}"
     console.print(f"plan of {plan.program_name} · {where} · {mesh}")
     how = [plan.recipe and f"recipe {plan.recipe}", f"lowering {plan.lowering}"]
     if plan.microbatches > 1:
@@ -49,6 +57,12 @@ def plan_text(plan: Plan, activations: Iterable[Leaf] = ()) -> str:
     console.print(" · ".join(part for part in how if part))
     if plan.predicted:
         console.print(predicted_text(plan.predicted))
+    if plan.stages:
+        console.print()
+        named = stages or [
+            (f"stage {k}", x) for k, x in enumerate(plan.stages.segments)
+        ]
+        console.print(_table(STAGES[: len(named[0])], named, numbers=0))
     for heading, leaves in (
         ("inputs", plan.inputs),
         ("activations", tuple(activations)),

@@ -13,6 +13,7 @@ def dot_general(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
     """``b.. m.. k.., b.. n.. k.. -> b.. m.. n..``, with k summed."""
     (lhs_k, rhs_k), (lhs_b, rhs_b) = op.param["dimension_numbers"]
     lhs, rhs = reads
+    total = "or" if makes[0].dtype == "bool" else "sum"
     factors: dict[str, Factor] = {}
     sides: list[dict[int, str]] = [{}, {}]
     for name, left, right in (
@@ -21,7 +22,7 @@ def dot_general(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
     ):
         sides[0][left] = sides[1][right] = name
         summed = name.startswith("k")
-        kind, operator = ("reduction", "sum") if summed else ("parallel", "")
+        kind, operator = ("reduction", total) if summed else ("parallel", "")
         factors[name] = Factor(name, lhs.shape[left], kind, operator)
     free: list[str] = []
     for side, value, letter in ((0, lhs, "m"), (1, rhs, "n")):

@@ -45,12 +45,13 @@ integer_pow is_finite le lgamma log log1p logistic lt ne nextafter not or
 polygamma population_count pow reduce_precision regularized_incomplete_beta rem round
 rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
 tan tanh xor zeta igamma_grad_a random_gamma_grad stop_gradient
-log2 one_minus_square eq_to le_to lt_to
+log2 one_minus_square eq_to le_to lt_to reciprocal mulhi
 """.split()
 
 RULES: Mapping[str, RuleFn] = {
     **dict.fromkeys(_NONLINEAR, _pure),
     "add": _flowing(sums(0, 1)),
+    "tie": _flowing(sums(1)),
     "add_any": _flowing(sums(0, 1)),
     "sub": _flowing(sums(0, 1)),
     "neg": _flowing(sums(0)),

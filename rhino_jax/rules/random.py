@@ -95,6 +95,9 @@ RULES: Mapping[str, RuleFn] = {
     "random_wrap": _words,
     "random_unwrap": _words,
     "threefry2x32": _pure,
+    "threefry4x32": _pure,
+    "philox2x32": _pure,
+    "philox4x32": _pure,
     "rng_bit_generator": _whole,
     "rng_uniform": _whole,
 }

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rhino_jax.ir.factors import Factor, Flow, Rule
 from rhino_jax.ir.program import Op, Value
 from rhino_jax.rules.notation import RuleFn, names, plain, sums
+from rhino_jax.rules.sorting import whole_along
 
 
 def _reduce(operator: str) -> RuleFn:
@@ -16,6 +17,9 @@ def _reduce(operator: str) -> RuleFn:
         shape = reads[0].shape
         gone = {axis % len(shape) for axis in op.param["axes"]}
         letters = names("i", len(shape))
+        if operator in ("max", "min") and reads[0].dtype.startswith("complex"):
+            # Ordered on one device, but there is no such collective.
+            return whole_along(op.param["axes"], reads, makes)
         factors = tuple(
             Factor(n, size, "reduction", operator) if d in gone else Factor(n, size)
             for d, (n, size) in enumerate(zip(letters, shape, strict=True))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 from rhino_jax.errors import RuleError
-from rhino_jax.ir.factors import Rule
+from rhino_jax.ir.factors import Flow, Rule
 from rhino_jax.ir.program import Op, Plain, Program, Value
 from rhino_jax.rules import (
     assembly,
     contraction,
     convolution,
+    effects,
     elementwise,
     indexing,
     linalg,
+    placing,
+    ragged,
     random,
     reduction,
     shape,
@@ -27,6 +31,7 @@ from rhino_jax.rules.notation import RuleFn, whole
 FAMILIES: tuple[ModuleType, ...] = (
     elementwise,
     contraction,
+    ragged,
     convolution,
     reduction,
     shape,
@@ -35,6 +40,8 @@ FAMILIES: tuple[ModuleType, ...] = (
     random,
     indexing,
     linalg,
+    placing,
+    effects,
 )
 
 HEAVY = frozenset(
@@ -74,6 +81,22 @@ def rule_of(program: Program, op: Op) -> Rule:
     )
 
 
+def _that_adds_up(rule: Rule, reads: Sequence[Value]) -> Rule:
+    """``rule`` without the flows of what has no such terms.
+
+    Truth values have no sums, complex numbers no maxima, random keys neither.
+    """
+
+    def may(flow: Flow) -> bool:
+        dtypes = [reads[i].dtype for i in flow.operands if i < len(reads)]
+        none = {"sum": ("bool", "key<"), "max": ("complex", "key<")}
+        wrong = none.get(flow.operator, none["max"])
+        return not any(dtype.startswith(wrong) for dtype in dtypes)
+
+    flows = tuple(flow for flow in rule.flows if may(flow))
+    return rule if flows == rule.flows else replace(rule, flows=flows)
+
+
 Typed = tuple[tuple[int, ...], str, Any]
 """What a rule may read of a value: its shape, its dtype, a literal's number."""
 
@@ -93,7 +116,7 @@ def _rule(
     makes = tuple(Value(shape, dtype, literal=n) for shape, dtype, n in results)
     if kind not in RULES:
         return whole(reads, makes)
-    rule = RULES[kind](Op(kind, (), (), params), reads, makes)
+    rule = _that_adds_up(RULES[kind](Op(kind, (), (), params), reads, makes), reads)
     found = rule.problems([v.shape for v in reads], [v.shape for v in makes])
     if found:
         raise RuleError(f"rule of {kind}: " + "; ".join(found))

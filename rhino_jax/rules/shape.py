@@ -168,7 +168,7 @@ def optimization_barrier(
 
 
 def rematerialize(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
-    """Two arrays of one shape as they are, each once the other is there."""
+    """An array as it is, once what the op waits for is there."""
     return elementwise(reads, makes)
 
 

@@ -3,13 +3,15 @@
 Every mesh is searched at no price for memory first. The most promising are predicted as
 they will run (:mod:`rhino_jax.cost.model`); one that does not fit is searched again at
 rising prices for a byte, until it does. Only where nothing fits are activations
-recomputed and batches divided; of layers that stand one by one in the Program no more
-are recomputed than must be (:mod:`rhino_jax.search.selective`).
+recomputed and batches divided. Of layers that stand one by one in the Program no more
+are recomputed than must be (:mod:`rhino_jax.search.selective`); all are, where that is
+not enough.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,14 +23,16 @@ from rhino_jax.errors import InfeasibleError, problems
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.rules import rule_of
-from rhino_jax.search.descend import Answer, gap, search_axes, starts
-from rhino_jax.search.energy import Energy
+from rhino_jax.search.carry import carried, read_again
+from rhino_jax.search.descend import Answer, Start, gap, search_axes, starts
+from rhino_jax.search.energy import Energy, Memo
 from rhino_jax.search.microbatch import microbatched
-from rhino_jax.search.pins import Spec
 from rhino_jax.search.planner import Reading, Request, energy_of, read, written
 from rhino_jax.search.prices import ClusterPrices, Prices
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
-from rhino_jax.search.selective import chosen_segments, segment_costs
+from rhino_jax.search.selective import Chosen, Segmented, chosen_segments, segment_costs
+from rhino_jax.search.specs import Spec
+from rhino_jax.search.staging import Divided
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
 
@@ -53,7 +57,7 @@ class Wish:
 
     ``meshes`` to choose from; ``limit_bytes`` of one device. ``microbatches`` 0 and
     ``remat`` "" leave them to the search. ``more_memory`` says how a device could have
-    more, where it could.
+    more, where it could. ``pipeline``: the plan will be cut in stages.
     """
 
     cluster: Cluster
@@ -65,6 +69,16 @@ class Wish:
     pins: Mapping[str, Spec] = field(default_factory=dict)
     donated: tuple[int, ...] = ()
     more_memory: str = ""
+    pipeline: bool = False
+
+
+@dataclass(frozen=True)
+class Sought:
+    """What a search on one mesh saw of the step, and its answer."""
+
+    reading: Reading
+    energy: Energy
+    answer: Answer
 
 
 @dataclass(frozen=True)
@@ -80,10 +94,7 @@ class Candidate:
     byte_seconds: float
     segments: tuple[int, ...] | None = None
     """The segments that are recomputed, where not all are."""
-    sought: tuple[Energy, Answer] | None = field(
-        default=None, repr=False, compare=False
-    )
-    """What the search saw of it."""
+    sought: Sought | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         seconds, peak = self.prediction.step_seconds, self.prediction.peak_bytes
@@ -130,15 +141,6 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-@dataclass
-class _Mesh:
-    """One mesh being searched: its energy and the answer at no price for memory."""
-
-    reading: Reading
-    energy: Energy
-    answer: Answer
-
-
 class _Search:
     def __init__(self, subject: Subject, wish: Wish) -> None:
         self.subject = subject
@@ -146,18 +148,20 @@ class _Search:
         self.prices: Prices = ClusterPrices(wish.cluster)
         self.meshes = list(wish.meshes)
         """The best ones, once they were compared: what else is tried, on these."""
+        self.memos: dict[Mesh, Memo] = {}
         self.considered: list[Candidate] = []
         self.notes: dict[str, None] = {}
         self.refused = False
         self.reading_seconds = 0.0
 
     def run(self) -> Searched:
-        for remat, batches in self._ways():
-            found = list(self._with(remat, batches))
+        for found in self._ways():
             self.considered += found
-            fitting = [c for c in self.considered if self._fits(c)]
+            fitting = self._fitting(self.considered)
             if fitting:
-                best = min([*fitting, *self._fewer(min(fitting, key=_rank))], key=_rank)
+                fewer = list(self._fewer(min(fitting, key=_rank)))
+                self.considered += fewer
+                best = min([*fitting, *self._fitting(fewer)], key=_rank)
                 notes = (*self.notes, *self._unproven(best))
                 considered = tuple(self.considered)
                 return Searched(best, considered, notes, self.reading_seconds)
@@ -166,84 +170,127 @@ class _Search:
     def _unproven(self, best: Candidate) -> Iterator[str]:
         """What is to be said of a plan that is not the best for certain."""
         assert best.sought is not None
-        energy, answer = best.sought
-        if answer.proven:
+        sought = best.sought
+        if sought.answer.proven:
             return
         ticks = best.byte_seconds * self.prices.ticks_per_second
-        share = gap(energy, answer, ticks)
+        share = gap(sought.energy, sought.answer, ticks)
         yield (
             "too wide to be searched to the end: by the search's own prices, another "
             f"plan could be at most {share:.1%} cheaper along one mesh axis"
         )
 
-    def _ways(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-        """Ever more that is done to fit: (remat policies, counts of microbatches)."""
+    def _ways(self) -> Iterator[Iterator[Candidate]]:
+        """Ever more that is done to fit: what was found each time."""
         wish = self.wish
         policies = (wish.remat,) if wish.remat else (NONE, BOUNDARY)
         counts = (wish.microbatches,) if wish.microbatches else MICROBATCHES
-        yield policies[:1], counts[:1]
+        yield self._with(policies[:1], counts[:1])
         if len(policies) > 1:
-            yield policies[1:], counts[:1]
+            if counts[0] == 1:
+                yield self._partly()
+            yield self._with(policies[1:], counts[:1])
         for count in counts[1:]:
             if self.refused or self.subject.batch_size % count:
                 return
-            yield policies, (count,)
+            yield self._with(policies, (count,))
 
     def _with(
         self, policies: Sequence[str], counts: Sequence[int]
     ) -> Iterator[Candidate]:
         for policy in policies:
-            subject = self._under(policy)
+            with self._reading():
+                subject = self._under(policy)
             if policy != NONE and subject.program is self.subject.program:
                 if not self.wish.remat:
                     continue
                 self.notes[NOTHING] = None
             yield from self._on_meshes(subject, policy, counts)
 
+    def _partly(self, than: float = math.inf) -> Iterator[Candidate]:
+        """Plans that recompute some segments of what is fast but does not fit.
+
+        Those first that promise to be fastest, faster ``than`` so many seconds; until
+        one fits.
+        """
+        ways: list[tuple[float, Candidate, Segmented, Chosen]] = []
+        for plain in self._plain():
+            seconds = plain.prediction.step_seconds
+            if plain.byte_seconds or self._fits(plain) or seconds >= than:
+                continue
+            segments = self._segments(plain)
+            chosen = chosen_segments(segments, self._free_bytes(plain))
+            if chosen and seconds + chosen.seconds < than:
+                ways.append((seconds + chosen.seconds, plain, segments, chosen))
+        for _, plain, segments, chosen in sorted(ways, key=lambda way: way[0]):
+            found = list(self._corrected(plain, segments, chosen))
+            yield from found
+            if self._fitting(found):
+                return
+
     def _fewer(self, best: Candidate) -> Iterator[Candidate]:
-        """Plans that fit and recompute fewer segments than ``best`` does."""
-        if best.remat == NONE or self.wish.remat or best.microbatches > 1:
+        """Plans that recompute some segments, where ``best`` recomputes all of them or
+        spares memory in another way."""
+        if self.wish.remat or best.segments or best.microbatches > 1:
             return
-        plain = [
-            c
-            for c in self.considered
-            if (c.remat, c.microbatches, c.mesh) == (NONE, 1, best.mesh)
-        ]
-        if not plain:
+        if best.remat == NONE:
+            yield from self._partly(best.prediction.step_seconds)
             return
-        near = min(plain, key=lambda c: abs(c.byte_seconds - best.byte_seconds))
+        plain = [c for c in self._plain() if c.mesh == best.mesh]
+        if plain:
+            near = min(plain, key=lambda c: abs(c.byte_seconds - best.byte_seconds))
+            if near.byte_seconds:  # at no price for memory it was tried before
+                segments = self._segments(near)
+                chosen = chosen_segments(segments, self._free_bytes(near))
+                yield from self._corrected(near, segments, chosen)
+
+    def _plain(self) -> list[Candidate]:
+        """What was found for the step as it is."""
+        return [c for c in self.considered if (c.remat, c.microbatches) == (NONE, 1)]
+
+    def _segments(self, plain: Candidate) -> Segmented:
         with self._reading():
-            segments = segment_costs(
-                near.subject,
-                near.assignment,
-                near.mesh,
+            return segment_costs(
+                plain.subject,
+                plain.assignment,
+                plain.mesh,
                 self.wish.cluster,
                 self.wish.donated,
             )
-        limit = self.wish.limit_bytes - near.prediction.memory.input_bytes
+
+    def _free_bytes(self, plain: Candidate) -> int:
+        """Of one device, beside the inputs of the step."""
+        return self.wish.limit_bytes - plain.prediction.memory.input_bytes
+
+    def _corrected(
+        self, plain: Candidate, segments: Segmented, chosen: Chosen | None
+    ) -> Iterator[Candidate]:
+        """``chosen`` segments of ``plain`` recomputed; more, if that does not fit."""
+        limit = self._free_bytes(plain)
         tried: set[tuple[int, ...]] = set()
         for _ in range(MOST_CORRECTIONS):
-            chosen = chosen_segments(segments, limit)
-            if not chosen or chosen in tried:
+            if chosen is None or chosen.segments in tried:
                 return
-            tried.add(chosen)
-            found = self._recomputing(chosen, best)
-            self.considered.append(found)
+            tried.add(chosen.segments)
+            found = self._recomputing(chosen.segments, plain)
+            yield found
             if self._fits(found):
-                yield found
                 return
             limit -= found.prediction.peak_bytes - self.wish.limit_bytes
+            chosen = chosen_segments(segments, limit)
 
-    def _recomputing(self, chosen: tuple[int, ...], best: Candidate) -> Candidate:
-        """The plan that recomputes ``chosen`` segments, else sought like ``best``."""
-        subject = self._under(BOUNDARY, chosen)
+    def _recomputing(self, chosen: tuple[int, ...], plain: Candidate) -> Candidate:
+        """``plain`` with ``chosen`` segments recomputed: sought from there."""
+        sought = plain.sought
+        assert sought is not None
         with self._reading():
-            reading = read(subject)
-        one = self._on(reading, best.mesh, best.byte_seconds)
+            subject = self._under(BOUNDARY, chosen)
+            reading = read_again(subject, sought.reading)
+            start = carried(sought.answer, sought.energy.graph, reading.graph)
+        price = plain.byte_seconds
+        one = self._on(reading, plain.mesh, price, start)
         with self._reading():
-            found = self._candidate(
-                subject, one, one.answer, BOUNDARY, 1, best.byte_seconds
-            )
+            found = self._candidate(one, BOUNDARY, 1, price)
         assert found is not None
         return replace(found, segments=chosen)
 
@@ -258,9 +305,10 @@ class _Search:
         self.meshes = [one.energy.mesh for one in kept]
         for one in kept:
             if self.wish.level > 1:
-                one.answer = self._answer(one.energy, level=self.wish.level)
+                answer = self._answer(one.energy, level=self.wish.level)
+                one = replace(one, answer=answer)
             for count in counts:
-                yield from self._up_the_ladder(subject, one, policy, count)
+                yield from self._up_the_ladder(one, policy, count)
 
     def _under(self, policy: str, only: Sequence[int] | None = None) -> Subject:
         """The subject under a remat policy."""
@@ -268,25 +316,38 @@ class _Search:
         program = apply_remat(was.program, was.pairs, was.batch_inputs, policy, only)
         return replace(was, program=program)
 
-    def _on(self, reading: Reading, mesh: Mesh, byte_seconds: float = 0.0) -> _Mesh:
+    def _on(
+        self,
+        reading: Reading,
+        mesh: Mesh,
+        byte_seconds: float = 0.0,
+        start: Start | None = None,
+    ) -> Sought:
         """One mesh searched, at a price for memory."""
         on = linked(self.wish.cluster, mesh)
-        energy = energy_of(reading, Request(on, self.prices, pins=self.wish.pins))
-        return _Mesh(reading, energy, self._answer(energy, byte_seconds))
+        request = Request(on, self.prices, pins=self.wish.pins)
+        energy = energy_of(reading, request, self.memos.setdefault(on, Memo()))
+        return Sought(reading, energy, self._answer(energy, byte_seconds, start=start))
 
     def _answer(
-        self, energy: Energy, byte_seconds: float = 0.0, level: int = 1
+        self,
+        energy: Energy,
+        byte_seconds: float = 0.0,
+        level: int = 1,
+        start: Start | None = None,
     ) -> Answer:
         """The best answer of a level; which mesh is best is told by level 1."""
         ticks = byte_seconds * self.prices.ticks_per_second
-        return search_axes(energy, starts(energy), level, ticks)
+        begin = (start,) if start else starts(energy)
+        return search_axes(energy, begin, level, ticks)
 
     def _up_the_ladder(
-        self, subject: Subject, one: _Mesh, policy: str, count: int
+        self, one: Sought, policy: str, count: int
     ) -> Iterator[Candidate]:
         """Answers at rising prices for memory, until one fits.
 
-        The highest price is tried right after none: where that does not fit, nothing
+        The highest price is tried right after none, where dividing all that stands at
+        the peak among all devices could make it fit; where that price does not, nothing
         between is tried. One device has one answer at any price.
         """
         seconds = one.answer.ticks / self.prices.ticks_per_second
@@ -299,27 +360,29 @@ class _Search:
                 continue
             seen.add(answer)
             with self._reading():
-                found = self._candidate(subject, one, answer, policy, count, per_byte)
+                found = self._candidate(
+                    replace(one, answer=answer), policy, count, per_byte
+                )
             if found is None:
                 return
             yield found
             if self._fits(found) == (price != last):
                 return
+            if not price:
+                spare = one.energy.spare_bytes(answer.slots)
+                if found.prediction.peak_bytes - spare > self.wish.limit_bytes:
+                    return
 
     def _candidate(
-        self,
-        subject: Subject,
-        one: _Mesh,
-        answer: Answer,
-        policy: str,
-        count: int,
-        byte_seconds: float,
+        self, one: Sought, policy: str, count: int, byte_seconds: float
     ) -> Candidate | None:
-        assignment = written(one.reading, one.energy, answer).assignment
+        subject = one.reading.subject
+        assignment = written(one.reading, one.energy, one.answer).assignment
         mesh = one.energy.mesh
         over = mesh
         if count > 1:
-            timed = microbatched(subject, assignment, mesh, count)
+            owner = Divided(subject).segmentation.owner if self.wish.pipeline else ()
+            timed = microbatched(subject, assignment, mesh, count, owner)
             if isinstance(timed, Refusal):
                 self.refused = True
                 self.notes.update(
@@ -343,7 +406,7 @@ class _Search:
             policy,
             count,
             byte_seconds,
-            sought=(one.energy, answer),
+            sought=one,
         )
 
     @contextmanager
@@ -351,6 +414,9 @@ class _Search:
         began = time.perf_counter()
         yield
         self.reading_seconds += time.perf_counter() - began
+
+    def _fitting(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        return [c for c in candidates if self._fits(c)]
 
     def _fits(self, candidate: Candidate) -> bool:
         return candidate.prediction.peak_bytes <= self.wish.limit_bytes

@@ -10,7 +10,7 @@ from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.search.complete import accumulators
-from rhino_jax.search.pins import Spec, pinned
+from rhino_jax.search.pins import pinned
 from rhino_jax.search.planner import Request, search
 from rhino_jax.search.prices import AlphaBeta
 from rhino_jax.search.recipes import (
@@ -20,6 +20,7 @@ from rhino_jax.search.recipes import (
     place,
     recipe_named,
 )
+from rhino_jax.search.specs import Spec
 from rhino_jax.search.subject import Subject
 
 

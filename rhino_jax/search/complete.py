@@ -14,13 +14,14 @@ from functools import cached_property
 
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.factors import Rule
-from rhino_jax.ir.layout import Layout, contiguous
+from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.ir.steps import Move
 from rhino_jax.rules import RULES, rule_of
 from rhino_jax.search.follow import choose, rows_over
 from rhino_jax.search.hints import backward_hints, pulled, rows_of_slices
+from rhino_jax.search.specs import pin_of, spec_layout
 from rhino_jax.search.state import Marks, State
 
 
@@ -168,14 +169,10 @@ class _Run:
         return replace(plan, before=tuple(before), after=tuple(after))
 
     def _pin(self, op: Op, value: int) -> Layout | None:
-        """The layout that the user fixed for what a ``name`` op gives."""
-        spec = self.request.named.get(op.param["name"]) if op.kind == "name" else None
-        if spec is None:
-            return None
-        shape = self.program.values[value].shape
-        mesh = self.request.mesh
-        dims = [contiguous(n, axes, mesh) for n, axes in zip(shape, spec, strict=False)]
-        return Layout((*dims, *((),) * (len(shape) - len(dims))))
+        """The layout that the user fixed for what an op gives."""
+        shape, mesh = self.program.values[value].shape, self.request.mesh
+        spec = pin_of(op, shape, self.request.named, mesh)
+        return None if spec is None else spec_layout(spec, shape, mesh)
 
     def _mark_results(self, op: Op) -> None:
         marks = [self.state.mark(v) for v in op.operands]

@@ -39,10 +39,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Start:
-    """Slots to start from. ``batch``: on axes not yet settled the batch is split."""
+    """Slots to start from. ``batch``: on axes not yet settled the batch is split.
+
+    ``settled``: an answer already, all axes are.
+    """
 
     slots: tuple[Slots, ...]
     batch: bool = False
+    settled: bool = False
 
 
 def starts(energy: Energy) -> tuple[Start, ...]:
@@ -58,7 +62,7 @@ def descend(
     best: Answer | None = None
     slots = start.slots
     idle = 0
-    settled: set[int] = set()
+    settled = set(order) if start.settled else set()
     for axis in itertools.islice(itertools.cycle(order), MOST_ROUNDS * len(order)):
         domains = [
             k.around(at, axis) for k, at in zip(energy.kinds, slots, strict=True)

@@ -219,9 +219,10 @@ class Kind:
         return True
 
 
-def kinds_of(graph: Graph, all_of: Sequence[Parts], mesh: Mesh) -> list[Kind]:
-    """For each variable its Kind."""
-    made: dict[Hashable, Kind] = {}
+def kinds_of(
+    graph: Graph, all_of: Sequence[Parts], mesh: Mesh, made: dict[Hashable, Kind]
+) -> list[Kind]:
+    """For each variable its Kind; ``made`` are those there are, and gets the new."""
     found = []
     for var, parts in zip(graph.vars, all_of, strict=True):
         key = _key(var, parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,6 +22,20 @@ COPY = FORBIDDEN >> 10
 communication, less than what is impossible, so that axes can be settled in turn."""
 
 
+@dataclass(frozen=True)
+class Memo:
+    """What was worked out for one mesh: good for every Program that is searched on it.
+
+    ``kinds``: the makes of variables; ``moves``: ticks by layouts; ``matrices``: ticks
+    of links by domains; ``ops``: ticks by rule and choice.
+    """
+
+    kinds: dict[Hashable, Kind] = field(default_factory=dict)
+    moves: dict[Hashable, int] = field(default_factory=dict)
+    matrices: dict[Hashable, Array] = field(default_factory=dict)
+    ops: dict[Hashable, int] = field(default_factory=dict)
+
+
 @dataclass
 class Energy:
     """The cost of any answer: op by op, link by link.
@@ -35,10 +49,8 @@ class Energy:
     prices: Prices
     copies: bool = True
     kinds: Sequence[Kind] = ()
-    _moves: dict[Hashable, int] = field(default_factory=dict)
-    _matrices: dict[Hashable, Array] = field(default_factory=dict)
+    memo: Memo = field(default_factory=Memo, repr=False)
     _nodes: dict[Hashable, Array] = field(default_factory=dict)
-    _ops: dict[Hashable, int] = field(default_factory=dict)
 
     def meaning(self, var: int, slots: Slots) -> Meaning | None:
         return self.kinds[var].meaning(slots)
@@ -51,9 +63,9 @@ class Energy:
             at = -1 - target.index if self.graph.vars[target.var].is_site else 0
             giving, wanting = domains[source.var], domains[target.var]
             key = shape, dtype, giving, source.index, source.lift, wanting, at
-            matrix = self._matrices.get((key, target.lift))
+            matrix = self.memo.matrices.get((key, target.lift))
             if matrix is None:
-                matrix = self._matrices[key, target.lift] = self._matrix(
+                matrix = self.memo.matrices[key, target.lift] = self._matrix(
                     shape,
                     dtype,
                     giving.gives(source.index, source.lift),
@@ -82,7 +94,7 @@ class Energy:
             )
         if not memory_ticks or not var.held:
             return seconds
-        held = [self._held(var, meaning) for meaning in domain.meanings]
+        held = [self.held_bytes(var, meaning) for meaning in domain.meanings]
         return seconds + np.array([round(n * memory_ticks) for n in held], np.int64)
 
     def _own(self, var: Var, slots: Slots, meaning: Meaning) -> int:
@@ -92,7 +104,7 @@ class Energy:
             cost += COPY * _idle_axes(slots, self.mesh)
         return min(cost, FORBIDDEN)
 
-    def _held(self, var: Var, meaning: Meaning) -> int:
+    def held_bytes(self, var: Var, meaning: Meaning) -> int:
         """Bytes that a variable has standing at the peak."""
         total = 0
         for index, count in var.held.items():
@@ -102,12 +114,26 @@ class Energy:
             total += count * local_bytes(shape, dtype, layout, self.mesh)
         return total
 
+    def spare_bytes(self, slots: Sequence[Slots]) -> int:
+        """How much less than with ``slots`` can stand at the peak, at most: as if all
+        that is not fixed could be divided among all devices."""
+        spare = 0
+        for v, var in enumerate(self.graph.vars):
+            if var.held and var.fixed is None:
+                meaning = self.meaning(v, slots[v])
+                assert meaning is not None
+                whole = replace(meaning, gives=tuple(map(_undivided, meaning.gives)))
+                least = -(-self.held_bytes(var, whole) // self.mesh.num_devices)
+                spare += max(self.held_bytes(var, meaning) - least, 0)
+        return spare
+
     def _op(self, var: Var, meaning: Meaning) -> int:
         assert (
             var.op is not None and var.rule is not None and meaning.choice is not None
         )
         key = id(var.rule), var.op.kind, var.fused, meaning.choice
-        if key not in self._ops:
+        ops = self.memo.ops
+        if key not in ops:
             seconds = self.prices.op(
                 var.op,
                 var.reads,
@@ -117,8 +143,8 @@ class Energy:
                 self.mesh,
                 var.fused,
             )
-            self._ops[key] = round(seconds * self.prices.ticks_per_second)
-        return self._ops[key]
+            ops[key] = round(seconds * self.prices.ticks_per_second)
+        return ops[key]
 
     def _matrix(
         self,
@@ -142,7 +168,7 @@ class Energy:
         if source == target:
             return 0
         key = shape, dtype, source, target
-        found = self._moves.get(key)
+        found = self.memo.moves.get(key)
         if found is None:
             steps = route(shape, dtype, source, target, self.mesh)
             seconds = sum(
@@ -154,8 +180,12 @@ class Energy:
                 for step in steps
             )
             found = round(seconds * self.prices.ticks_per_second)
-            self._moves[key] = found
+            self.memo.moves[key] = found
         return found
+
+
+def _undivided(layout: Layout) -> Layout:
+    return Layout.replicated(len(layout.dims))
 
 
 def _idle_axes(slots: Slots, mesh: Mesh) -> int:

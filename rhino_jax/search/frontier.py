@@ -12,8 +12,12 @@ once, for ``then`` is monotone in each of them.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
 
 Picks = tuple[int, ...]
 """The option taken of every segment, in order."""
@@ -50,76 +54,91 @@ class Cost:
         """What the stretch needs at its worst moment."""
         return self.held + self.peak
 
-    def no_worse(self, other: Cost) -> bool:
-        """Whether every number is at most that of ``other``."""
-        return (
-            self.ticks <= other.ticks
-            and self.held <= other.held
-            and self.saved <= other.saved
-            and self.grad <= other.grad
-            and self.peak <= other.peak
-        )
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """The ways through a stretch that no other way is no worse than, fastest first.
+
+    ``rows`` are the numbers of each way's :class:`Cost`, ``picks`` the options that it
+    takes, a column a segment.
+    """
+
+    rows: Array
+    picks: Array
+
+    def __iter__(self) -> Iterator[tuple[Cost, Picks]]:
+        for row, picks in zip(self.rows.tolist(), self.picks.tolist(), strict=True):
+            yield Cost(*row), tuple(picks)
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
-Frontier = tuple[tuple[Cost, Picks], ...]
-"""The ways through a stretch that no other way is no worse than, fastest first."""
+NOTHING = Frontier(np.zeros((1, 5), np.int64), np.zeros((1, 0), np.int16))
+"""The one way through no segment."""
 
 
-def frontier(ways: Sequence[tuple[Cost, Picks]]) -> Frontier:
-    """The undominated of ``ways``; of equal costs the one that picks a segment's later
+def frontier(rows: Array, picks: Array) -> Frontier:
+    """The undominated of some ways; of equal costs the one that picks a segment's later
     options earlier.
 
-    >>> fast, small, bad = Cost(1, peak=9), Cost(5, peak=2), Cost(6, peak=3)
-    >>> [cost.ticks for cost, _ in frontier([(bad, ()), (small, ()), (fast, ())])]
+    >>> fast, small, bad = (1, 0, 0, 0, 9), (5, 0, 0, 0, 2), (6, 0, 0, 0, 3)
+    >>> picks = np.zeros((3, 0), np.int16)
+    >>> [cost.ticks for cost, _ in frontier(np.array([bad, small, fast]), picks)]
     [1, 5]
     """
-    best: dict[Cost, Picks] = {}
-    for cost, picks in ways:
-        best[cost] = max(best.get(cost, picks), picks)
-    in_order = sorted(best, key=_numbers)
-    differ = {(cost.held, cost.grad) for cost in best}
-    kept = _stairs(in_order) if len(differ) <= 1 else _undominated(in_order)
-    return tuple((cost, best[cost]) for cost in kept)
+    if not len(rows):
+        return Frontier(rows, picks)
+    order = np.lexsort(rows.T[::-1])
+    first = np.ones(len(rows), bool)
+    first[1:] = (rows[order[1:]] != rows[order[:-1]]).any(axis=1)
+    groups = np.split(order, np.nonzero(first)[0][1:]) if not first.all() else ()
+    order = order[first]
+    for n, group in enumerate(groups):
+        if len(group) > 1:
+            order[n] = max(group, key=lambda way: tuple(picks[way]))
+    alike = bool((rows[:, (1, 3)] == rows[0, (1, 3)]).all())
+    kept = order[(_stairs if alike else _compared)(rows[order])]
+    return Frontier(rows[kept], picks[kept])
 
 
-def _numbers(cost: Cost) -> tuple[int, int, int, int, int]:
-    return cost.ticks, cost.held, cost.saved, cost.grad, cost.peak
-
-
-def _undominated(costs: Sequence[Cost]) -> list[Cost]:
-    kept: list[Cost] = []
-    for cost in costs:
-        if not any(other.no_worse(cost) for other in kept):
-            kept.append(cost)
+def _compared(rows: Array) -> list[int]:
+    """Those of different rows, fastest first, that none before is no worse than."""
+    kept: list[int] = []
+    for i, row in enumerate(rows):
+        if not (rows[kept] <= row).all(axis=1).any():
+            kept.append(i)
     return kept
 
 
-def _stairs(costs: Sequence[Cost]) -> list[Cost]:
-    """:func:`_undominated` of costs that hold and leave the same, in n log n.
+def _stairs(rows: Array) -> list[int]:
+    """:func:`_compared` of rows that hold and leave the same, in n log n.
 
     Of those before it, none is slower: what counts is the smallest peak among those
     that save no more. These form stairs: ever more saved, ever smaller peaks.
     """
-    kept: list[Cost] = []
-    saved: list[int] = []
+    kept: list[int] = []
+    stair: list[int] = []
     peaks: list[int] = []
-    for cost in costs:
-        at = bisect_right(saved, cost.saved)
-        if at and peaks[at - 1] <= cost.peak:
+    for i, (saved, peak) in enumerate(rows[:, (2, 4)].tolist()):
+        at = bisect_right(stair, saved)
+        if at and peaks[at - 1] <= peak:
             continue
-        kept.append(cost)
-        if at and saved[at - 1] == cost.saved:
+        kept.append(i)
+        if at and stair[at - 1] == saved:
             at -= 1
         end = at
-        while end < len(peaks) and peaks[end] >= cost.peak:
+        while end < len(peaks) and peaks[end] >= peak:
             end += 1
-        saved[at:end], peaks[at:end] = [cost.saved], [cost.peak]
+        stair[at:end], peaks[at:end] = [saved], [peak]
     return kept
 
 
 def options(costs: Sequence[Cost]) -> Frontier:
     """One segment: an option is its place among ``costs``."""
-    return frontier([(cost, (i,)) for i, cost in enumerate(costs)])
+    rows = [(c.ticks, c.held, c.saved, c.grad, c.peak) for c in costs]
+    picks = np.arange(len(costs), dtype=np.int16)[:, None]
+    return frontier(np.array(rows, np.int64), picks)
 
 
 def joined(first: Frontier, behind: Frontier, limit_bytes: int) -> Frontier:
@@ -127,18 +146,18 @@ def joined(first: Frontier, behind: Frontier, limit_bytes: int) -> Frontier:
 
     What alone needs more than ``limit_bytes`` can be part of nothing that fits.
     """
-    ways = []
-    for a, left in first:
-        for b, right in behind:
-            cost = a.then(b)
-            if cost.most_bytes <= limit_bytes:
-                ways.append((cost, left + right))
-    return frontier(ways)
+    ahead, after = first.rows[:, None], behind.rows[None]
+    rows = ahead + after  # as Cost.then
+    saved, peak, grad = ahead[..., 2], ahead[..., 4], after[..., 3]
+    rows[..., 4] = np.maximum(saved + after[..., 4], grad + peak)
+    i, k = np.nonzero(rows[..., 1] + rows[..., 4] <= limit_bytes)
+    picks = np.concatenate((first.picks[i], behind.picks[k]), axis=1)
+    return frontier(rows[i, k], picks)
 
 
 def repeated(one: Frontier, times: int, limit_bytes: int) -> Frontier:
     """``times`` equal stretches in a row, in logarithmically many joins."""
-    found: Frontier = ((Cost(), ()),)
+    found = NOTHING
     while times:
         if times & 1:
             found = joined(found, one, limit_bytes)
@@ -156,7 +175,7 @@ def fastest(segments: Sequence[Sequence[Cost]], limit_bytes: int) -> Picks | Non
     >>> fastest([[Cost(1, saved=4, peak=4), Cost(2, peak=4)]] * 3, 8)
     (1, 0, 0)
     """
-    ways: Frontier = ((Cost(), ()),)
+    ways = NOTHING
     place = 0
     while place < len(segments):
         end = place + 1
@@ -165,4 +184,4 @@ def fastest(segments: Sequence[Sequence[Cost]], limit_bytes: int) -> Picks | Non
         run = repeated(options(segments[place]), end - place, limit_bytes)
         ways = joined(ways, run, limit_bytes)
         place = end
-    return ways[0][1] if ways else None
+    return tuple(ways.picks[0].tolist()) if len(ways) else None

@@ -10,7 +10,7 @@ reduce-scatter of a gradient) is done once, when the loop has ended.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from rhino_jax.cost.reshard import route, wire_bytes
@@ -40,12 +40,21 @@ def rows_together(subject: Subject, assignment: Assignment, mesh: Mesh) -> int:
 
 
 def microbatched(
-    subject: Subject, assignment: Assignment, mesh: Mesh, microbatches: int
+    subject: Subject,
+    assignment: Assignment,
+    mesh: Mesh,
+    microbatches: int,
+    owner: Sequence[int] = (),
 ) -> tuple[Assignment, Mesh] | Refusal:
     """``assignment`` with ``microbatches``, or every reason why not (str() prints).
 
     Where ops in the loop split the examples further than the inputs are, smaller
     blocks of rows are tried.
+
+    Args:
+        owner: the segment of every op, for a pipeline: sums that meet those of other
+            segments (gradients of a tied parameter) are accumulated each on its own,
+            and added once the loop has ended.
     """
     rows = rows_together(subject, assignment, mesh)
     answer: tuple[Assignment, Mesh] | Refusal | None = None
@@ -55,7 +64,7 @@ def microbatched(
         found = timing(subject, size, microbatches)
         if isinstance(found, Refusal):
             return answer if isinstance(answer, Refusal) else found
-        tried = timed(subject, assignment, mesh, found)
+        tried = timed(subject, assignment, mesh, found, owner)
         if not isinstance(tried, Refusal):
             return tried
         answer = answer or tried
@@ -64,12 +73,16 @@ def microbatched(
 
 
 def timed(
-    subject: Subject, assignment: Assignment, mesh: Mesh, found: Timing
+    subject: Subject,
+    assignment: Assignment,
+    mesh: Mesh,
+    found: Timing,
+    owner: Sequence[int] = (),
 ) -> tuple[Assignment, Mesh] | Refusal:
     """The Assignment over ``mesh`` plus Axis("time", found.microbatches)."""
     wide = Mesh((*mesh.axes, Axis(TIME, found.microbatches)))
     try:
-        return _Writer(subject.program, assignment, found, wide).run(), wide
+        return _Writer(subject.program, assignment, found, wide, owner).run(), wide
     except _Clash as clash:
         return Refusal((str(clash),))
 
@@ -264,9 +277,14 @@ class _Writer:
     """The whole Program: what runs before, in and after the loop, what leaves it."""
 
     def __init__(
-        self, program: Program, plan: Assignment, found: Timing, mesh: Mesh
+        self,
+        program: Program,
+        plan: Assignment,
+        found: Timing,
+        mesh: Mesh,
+        owner: Sequence[int] = (),
     ) -> None:
-        self.program, self.plan = program, plan
+        self.program, self.plan, self.owner = program, plan, owner
         self.work = _Bodies(mesh)
         self.time = list(found.assignment.ops)
         self.trips = found.microbatches
@@ -316,11 +334,25 @@ class _Writer:
             )
             if home.get(v, layout) != layout
         }
+        moved |= set(self._between_segments(loop, home))
         gone = waiting(program, self.time, loop, moved)
         for i in gone:
             idle = tuple(map(whole, program.ops[i].programs))
             self.time[i] = OpPlan(inner=idle)
         return closed(program, set(loop) - gone)
+
+    def _between_segments(
+        self, loop: Sequence[int], sums: Collection[int]
+    ) -> Iterator[int]:
+        """Ops of the loop that read the sums of several segments."""
+        for i in loop if self.owner else ():
+            made = (
+                self.program.producer[v]
+                for v in self.program.ops[i].operands
+                if v in sums
+            )
+            if len({self.owner[maker] for maker in made}) > 1:
+                yield i
 
     def run(self) -> Assignment:
         program, plan = self.program, self.plan

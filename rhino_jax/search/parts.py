@@ -50,10 +50,13 @@ def all_parts(graph: Graph) -> list[Parts]:
 
 
 def _own(var: Var) -> dict[Name, set[int]]:
-    """Every factor whole, and cut where the op's own dimensions say so."""
+    """Every factor whole, and cut where the op's own dimensions say so.
+
+    What is empty has nothing to cut.
+    """
     if var.rule is None:
-        return {d: {1, n} for d, n in enumerate(var.shape)}
-    return {f.name: {1, f.size} for f in var.rule.factors}
+        return {d: {1, n or 1} for d, n in enumerate(var.shape)}
+    return {f.name: {1, f.size or 1} for f in var.rule.factors}
 
 
 def _tell(
@@ -73,7 +76,7 @@ def _tell(
         for name, weight, size in there:
             found = cuts[other.var][name]
             for cut in known:
-                if cut % weight or cut <= weight:
+                if not weight or cut % weight or cut <= weight:
                     continue
                 inside = cut // weight
                 if inside < size and size % inside == 0 and inside not in found:

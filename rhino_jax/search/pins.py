@@ -7,48 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rhino_jax.errors import PinError, nearest, problems
-from rhino_jax.ir.layout import Layout, contiguous
+from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.search.recipes import Placement
+from rhino_jax.search.specs import Spec, spec_layout, spec_problems
 from rhino_jax.search.subject import Subject
 
-Spec = tuple[tuple[str, ...], ...]
-"""Per dimension the axes that split it, outermost first."""
-
 NEXT_STEP = "Fix or drop these pins."
-
-
-def spec_layout(spec: Spec, shape: Sequence[int], mesh: Mesh) -> Layout:
-    """The layout that a spec means for a value of ``shape``."""
-    dims = [contiguous(n, axes, mesh) for n, axes in zip(shape, spec, strict=False)]
-    return Layout((*dims, *((),) * (len(shape) - len(dims))))
-
-
-def spec_problems(spec: Spec, shape: Sequence[int], mesh: Mesh) -> list[str]:
-    """Everything that keeps a spec from being stored for a value of ``shape``."""
-    if len(spec) > len(shape):
-        return [f"{len(spec)} entries for {len(shape)} dimensions {tuple(shape)}"]
-    found = []
-    names = [axis for axes in spec for axis in axes]
-    for axis in names:
-        if axis not in mesh.names:
-            near = nearest(axis, mesh.names) or list(mesh.names)
-            found.append(
-                f"no axis {axis!r} in mesh ({mesh}); did you mean {near[0]!r}?"
-            )
-    if len(set(names)) != len(names):
-        found.append("an axis is used twice")
-    if found:
-        return found
-    for d, (n, axes) in enumerate(zip(shape, spec, strict=False)):
-        parts = mesh.group_size(axes)
-        if n % parts:
-            found.append(
-                f"dimension {d} of size {n} does not divide into {parts} "
-                f"({'×'.join(axes)})"
-            )
-    return found
 
 
 def matches(pattern: str, path: str) -> bool:

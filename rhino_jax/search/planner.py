@@ -8,22 +8,24 @@ from dataclasses import dataclass, field, replace
 
 from rhino_jax.ir.analysis.classes import SegmentClass, segment_classes
 from rhino_jax.ir.analysis.cuts import cuts
-from rhino_jax.ir.analysis.regions import Regions, regions
+from rhino_jax.ir.analysis.regions import regions
 from rhino_jax.ir.analysis.segments import segments
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.rules import HEAVY
+from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.search.build import build_graph
 from rhino_jax.search.descend import Answer, search_axes, starts
 from rhino_jax.search.domains import Meaning, kinds_of
-from rhino_jax.search.energy import Energy
-from rhino_jax.search.graph import INPUT, STATE, Facts, Graph, Ties
+from rhino_jax.search.energy import Energy, Memo
+from rhino_jax.search.graph import INPUT, STATE, Facts, Graph, Ties, Var
 from rhino_jax.search.parts import Parts, all_parts
-from rhino_jax.search.pins import Pinned, Spec, checked_pins
+from rhino_jax.search.pins import Pinned, checked_pins
 from rhino_jax.search.prices import Prices
 from rhino_jax.search.remat_scans import REMATERIALIZE
+from rhino_jax.search.specs import Spec, pin_of
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.write import write
 
@@ -72,7 +74,6 @@ class Reading:
 
     subject: Subject
     facts: Facts
-    regions: Regions
     graph: Graph = field(repr=False)
     parts: Sequence[Parts] = field(repr=False)
 
@@ -86,7 +87,7 @@ def read(subject: Subject) -> Reading:
         places = cuts(program, found, pairs, HEAVY)
         segmentation = segments(program, found, places, pairs, HEAVY)
         classes = segment_classes(program, found, segmentation, pairs)
-    ties = ties_of(program, classes, copies_of(program))
+    ties = ties_of(program, classes, repeats(program).ops)
     roles = [STATE if i in pairs else INPUT for i in range(len(program.inputs))]
     facts = Facts(
         roles,
@@ -96,15 +97,20 @@ def read(subject: Subject) -> Reading:
         frozenset(found.gradients.values()),
         ties,
     )
-    graph = build_graph(program, facts)
+    return reading_of(subject, facts)
+
+
+def reading_of(subject: Subject, facts: Facts) -> Reading:
+    """The reading of a subject of which ``facts`` are known."""
+    graph = build_graph(subject.program, facts)
     for position in range(len(subject.input_paths), len(graph.inputs)):
         var = graph.vars[graph.inputs[position]]
         var.fixed = Layout.replicated(len(var.shape))
     stacked = subject.stacked
-    for position in pairs:
+    for position in subject.pairs:
         if stacked.get(subject.kin.get(position, position), False):
             graph.vars[graph.inputs[position]].lifted = True
-    return Reading(subject, facts, found, graph, all_parts(graph))
+    return Reading(subject, facts, graph, all_parts(graph))
 
 
 def ties_of(
@@ -134,44 +140,60 @@ def ties_of(
     return Ties(ops, values)
 
 
-def copies_of(program: Program) -> Mapping[int, int]:
-    """Ops that a rematerialized Program does again, each with the one it repeats.
+@dataclass(frozen=True)
+class Repeats:
+    """What a rematerialized Program does again.
 
-    What reads the same values, ``rematerialize`` looked through, computes the same.
+    ``ops``: copies, each with the op it repeats. ``values``: what copies and barriers
+    make, each with the value that it is. ``barriers``: each with what it holds back.
     """
-    if not any(op.kind == REMATERIALIZE for op in program.ops):
-        return {}
+
+    ops: Mapping[int, int]
+    values: Mapping[int, int]
+    barriers: Mapping[int, int]
+
+
+def repeats(program: Program) -> Repeats:
+    """What reads the same values, ``rematerialize`` looked through, is the same."""
+    ops: dict[int, int] = {}
     same: dict[int, int] = {}
-    found: dict[int, int] = {}
+    barriers: dict[int, int] = {}
+    if not any(op.kind == REMATERIALIZE for op in program.ops):
+        return Repeats(ops, same, barriers)
     known: dict[object, int] = {}
     for index, op in enumerate(program.ops):
         reads = tuple(same.get(v, v) for v in op.operands)
         if op.kind == REMATERIALIZE:
             same.update(zip(op.results, reads, strict=True))
+            barriers[index] = reads[0]
         elif not op.effects and not op.programs:
             first = known.setdefault((op.kind, reads, op.params), index)
             if first != index:
-                found[index] = first
-                before = program.ops[first].results
-                same.update(zip(op.results, before, strict=True))
-    return found
+                ops[index] = first
+                same.update(zip(op.results, program.ops[first].results, strict=True))
+    return Repeats(ops, same, barriers)
 
 
-def energy_of(reading: Reading, request: Request) -> Energy:
+def energy_of(reading: Reading, request: Request, memo: Memo | None = None) -> Energy:
     """The prices of a reading on one mesh, with what pins fix in place.
+
+    Args:
+        memo: what is known of the same mesh and prices from other searches.
 
     Raises:
         PinError: pins that do not fit.
     """
-    graph, mesh = reading.graph, request.mesh
-    if request.pins or request.placed:
+    graph, mesh, memo = reading.graph, request.mesh, memo or Memo()
+    constrained = any(v.op and v.op.kind in CONSTRAINTS for v in graph.vars)
+    if request.pins or request.placed or constrained:
         graph = _pinned(reading, request)
     return Energy(
         graph,
         mesh,
         request.prices,
         request.replicate_heavy,
-        kinds_of(graph, reading.parts, mesh),
+        kinds_of(graph, reading.parts, mesh, memo.kinds),
+        memo,
     )
 
 
@@ -183,11 +205,16 @@ def _pinned(reading: Reading, request: Request) -> Graph:
         v = graph.inputs[position]
         variables[v] = replace(variables[v], fixed=layout)
     for v, var in enumerate(variables):
-        if var.op is not None and var.op.kind == "name":
-            asked = fixed.named.get(var.op.param["name"])
+        if var.op is not None and var.op.kind in (*CONSTRAINTS, "name"):
+            asked = pin_of(var.op, _made(var), fixed.named, request.mesh)
             if asked is not None:
                 variables[v] = replace(var, wanted=asked)
     return replace(graph, vars=variables)
+
+
+def _made(var: Var) -> tuple[int, ...]:
+    assert var.op is not None
+    return var.program.values[var.op.results[0]].shape
 
 
 def search(subject: Subject, request: Request) -> Found:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.collectives import step_seconds
-from rhino_jax.cost.compute import EFFICIENCY, MEMORY, kernel_work
+from rhino_jax.cost.compute import kernel_work, memory_seconds
 from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.ir.factors import Choice, Rule, layouts
 from rhino_jax.ir.mesh import Mesh
@@ -66,12 +66,8 @@ class ClusterPrices:
 
     def move(self, step: Step, mesh: Mesh, num_bytes: int) -> float:
         if step.kind in FREE:
-            return num_bytes / self._bandwidth
+            return memory_seconds(num_bytes, self.cluster.device)
         return step_seconds(step, mesh, self.cluster)
-
-    @property
-    def _bandwidth(self) -> float:
-        return self.cluster.device.memory_bytes_per_second * EFFICIENCY[MEMORY]
 
     def op(
         self,
@@ -90,7 +86,7 @@ class ClusterPrices:
         gone = sum(
             local_bytes(v.shape, v.dtype, x, mesh) for v, x, away in made if away
         )
-        return work.seconds + FUSED_SHARE * gone / self._bandwidth
+        return work.seconds + memory_seconds(FUSED_SHARE * gone, device)
 
 
 @dataclass(frozen=True)

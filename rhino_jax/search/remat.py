@@ -3,11 +3,11 @@
 Under the policy "boundary" a layer keeps what enters it. Right before its backward half
 stands a copy of the forward ops that the backward half needs, made from the entry and
 the parameters; the backward half reads the copies. The entry passes a ``rematerialize``
-op together with the cotangent that enters the layer's backward half, which goes on
-from there: without it compilers would see that the copies compute what is known
-already, or compute them long before they are needed. The gradients of the layer behind
-it pass too (its ``waits``): left alone, compilers compute those of all layers at the
-end, and keep every copy until then.
+op, which waits for the cotangent that enters the layer's backward half (its ``waits``):
+without it compilers would see that the copies compute what is known already, or compute
+them long before they are needed. It waits for the gradients of the layer behind, too:
+left alone, compilers compute those of all layers at the end, and keep every copy until
+then.
 
 The search and the recipes plan the new Program like any other. Scanned layers are
 recomputed turn by turn (:mod:`rhino_jax.search.remat_scans`); no loop over layers is
@@ -104,16 +104,14 @@ class _Rewriting:
             return
         place = segment.backward[0]
         renamed: dict[int, int] = {}
-        waited: dict[int, int] = {}
-        waits = self._gradients(segment.index + 1, place)
+        gradients = self._gradients(segment.index + 1, place)
         ops = [
-            self._barrier(v, anchor, place, renamed, waited, waits)
+            self._barrier(v, (anchor, *gradients), place, renamed)
             for v, anchor in barriers
         ]
         ops += [self._copy(i, renamed) for i in needed]
         self.before.setdefault(place, []).extend(ops)
-        made = {v for i in needed for v in self.program.ops[i].results} | set(waited)
-        renamed.update(waited)
+        made = {v for i in needed for v in self.program.ops[i].results}
         for index in segment.backward:
             reads = made.intersection(self.program.ops[index].operands)
             if reads:
@@ -189,17 +187,13 @@ class _Rewriting:
     def _barrier(
         self,
         v: int,
-        anchor: int,
+        waits: tuple[int, ...],
         place: int,
         renamed: dict[int, int],
-        waited: dict[int, int],
-        waits: tuple[int, ...],
     ) -> Op:
-        reads = v, waited.get(anchor, anchor)
-        renamed[v], waited[anchor] = self._new(v), self._new(anchor)
+        renamed[v] = self._new(v)
         where = self.program.ops[place].where
-        makes = renamed[v], waited[anchor]
-        return Op(REMATERIALIZE, reads, makes, ((WAITS, waits),), where=where)
+        return Op(REMATERIALIZE, (v,), (renamed[v],), ((WAITS, waits),), where=where)
 
     def _copy(self, index: int, renamed: dict[int, int]) -> Op:
         op = self.program.ops[index]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from rhino_jax.ir.analysis.influence import reached
 from rhino_jax.ir.analysis.loops import LoopPair, Saved, loop_pairs
 from rhino_jax.ir.analysis.regions import Regions
-from rhino_jax.ir.program import Op, Program, Value
+from rhino_jax.ir.program import WAITS, Op, Program, Value
 
 REMATERIALIZE = "rematerialize"
 MARK = "rematted"
@@ -223,8 +223,9 @@ class _Turn:
         return replace(self.one, results=results, programs=(body,))
 
     def backward(self) -> Op:
-        barriers, names = self._barriers()
+        barriers = self._barriers()
         copies = [self._copy(index) for index in self.copies]
+        names: dict[int, int] = {}
         for saved in self.dropped:
             inner = self._read(self.ahead.outputs[saved.result])
             names.update((self.behind.inputs[i], inner) for i in saved.operands)
@@ -261,24 +262,23 @@ class _Turn:
             ),
         )
 
-    def _barriers(self) -> tuple[list[Op], dict[int, int]]:
-        """Entries behind barriers; and the new names of cotangents that enter."""
+    def _barriers(self) -> list[Op]:
+        """Entries that wait for cotangents that enter."""
         first, split = self.one.param["num_consts"], self.other.param["num_consts"]
         cotangents = self.behind.inputs[split : split + self.other.param["num_carry"]]
         where = self.behind.ops[0].where
         ops: list[Op] = []
-        names: dict[int, int] = {}
         for inner in self.ahead.inputs[first : first + self.one.param["num_carry"]]:
             value = self.ahead.values[inner]
             anchor = next(
                 (v for v in cotangents if _alike(self.behind.values[v], value)), None
             )
             if inner in self.known and anchor is not None:
-                reads = self.known[inner], names.get(anchor, anchor)
-                makes = self._new(value), self._new(self.behind.values[anchor])
-                self.known[inner], names[anchor] = makes
-                ops.append(Op(REMATERIALIZE, reads, makes, where=where))
-        return ops, names
+                entry, self.known[inner] = self.known[inner], self._new(value)
+                waits = ((WAITS, (anchor,)),)
+                makes = (self.known[inner],)
+                ops.append(Op(REMATERIALIZE, (entry,), makes, waits, where=where))
+        return ops
 
     def _read(self, v: int) -> int:
         """A value of the forward body, in the reverse body."""

@@ -7,7 +7,7 @@ computed again. What that costs is read off a plan that recomputes nothing
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.stretches import Stretch, stretches
@@ -54,16 +54,26 @@ def segment_costs(
     )
 
 
-def chosen_segments(segments: Segmented, limit_bytes: int) -> tuple[int, ...]:
-    """The segments to recompute; none where that can not make it fit, or need not.
+@dataclass(frozen=True)
+class Chosen:
+    """The segments to recompute, and the seconds that it takes."""
+
+    segments: tuple[int, ...]
+    seconds: float
+
+
+def chosen_segments(segments: Segmented, limit_bytes: int) -> Chosen | None:
+    """The segments to recompute; None where that can not make it fit, or need not.
 
     Args:
         limit_bytes: of one device, for all but the step's inputs.
     """
     picks = fastest([costs for _, costs in segments], limit_bytes)
-    if picks is None:
-        return ()
-    return tuple(n for (n, _), i in zip(segments, picks, strict=True) if i)
+    if picks is None or not any(picks):
+        return None
+    again = [(n, costs[i]) for (n, costs), i in zip(segments, picks, strict=True) if i]
+    ticks = sum(cost.ticks for _, cost in again)
+    return Chosen(tuple(n for n, _ in again), ticks / PICOSECONDS)
 
 
 def choices(stretch: Stretch, again: frozenset[int]) -> tuple[Cost, ...]:

@@ -21,7 +21,9 @@ from jax.sharding import PartitionSpec, Sharding
 from rhino_jax import compat
 from rhino_jax.ir.check import check
 from rhino_jax.ir.program import Op, Plain, Program, Value, Where
+from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.trace.hoist import HOIST, Call
+from rhino_jax.trace.rewrite import rewritten
 
 INLINED: Mapping[str, str] = {
     "jit": "jaxpr",
@@ -31,6 +33,12 @@ INLINED: Mapping[str, str] = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_lin": "call_jaxpr",
+    "call": "call_jaxpr",
+    "composite": "jaxpr",
+    "custom_partitioning": "call",
+    "custom_vmap_call": "call",
+    "linear_call": "callee",
+    "remat_opt": "fwd_jaxpr",
 }
 """Primitives that are read as the equations inside them, by the parameter to read."""
 
@@ -81,6 +89,7 @@ def read_jaxpr(
     A constant that is read in several places, nested Programs included, is one input.
     ``place`` is the file and line of what knows none itself.
     """
+    closed = compat.without_references(closed)
     builder = _Builder()
     env: dict[Any, int] = {}
     for i, var in enumerate(closed.jaxpr.invars):
@@ -118,8 +127,9 @@ class _Reader:
         for eqn in jaxpr.eqns:
             ins = [read(var) for var in eqn.invars]
             kind = eqn.primitive.name
-            if kind in INLINED:
-                outs = self._inline(eqn, eqn.params[INLINED[kind]], ins, stack)
+            inner = eqn.params[INLINED[kind]] if kind in INLINED else rewritten(eqn)
+            if inner is not None:
+                outs = self._inline(eqn, inner, ins, stack)
             else:
                 outs = self._op(eqn, kind, ins, stack)
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -216,6 +226,9 @@ _SCAN_TREES = ("ft_in", "ft_out")
 def _params(eqn: Any, kind: str, bodies: Sequence[str]) -> dict[str, Plain]:
     """The equation's plain parameters, spelt alike under every JAX version."""
     params = dict(plain_params(eqn.params, (*bodies, *_SCAN_TREES)))
+    if kind in CONSTRAINTS:
+        name = "sharding" if kind == "sharding_constraint" else "dst_sharding"
+        return {"spec": compat.spec_of(eqn.params[name])}
     if kind == "scan":
         consts, carry = compat.scan_counts(eqn.params)
         params |= {"num_consts": consts, "num_carry": carry}

@@ -43,7 +43,7 @@ class Standing:
 
     Attributes:
         name: the HLO instruction that makes it.
-        shape: its type as HLO writes it, layout left out.
+        shape: dtype and shape as HLO writes them, layout left out.
         num_bytes: with the padding of its layout.
         op: JAX's name of the op it comes from ("" where the compiler tells none).
         source: "file:line" ("" where the compiler tells none).
@@ -132,6 +132,7 @@ class _Moment:
 class _Buffer:
     num_bytes: int
     made_by: Instruction
+    shape: str
     born: int
     dies: int
 
@@ -173,7 +174,7 @@ class _Walk:
 
     def step(self, live: _Live, index: int, one: Instruction) -> None:
         reads = [live.at[name] for name in one.operands if name in live.at]
-        for leaves in reads:
+        for leaves in [] if one.opcode in _VIEWS else reads:
             for buffer in leaves:
                 if buffer != _OUTSIDE:
                     live.buffers[buffer].dies = index
@@ -225,6 +226,9 @@ class _Walk:
             for buffer in leaves
             if buffer != _OUTSIDE and live.buffers[buffer].dies == index
         ]
+        shapes = [
+            f"{dtype}[{dims}]" for dtype, dims, _ in _ARRAY.findall(one.type_text)
+        ]
         made = []
         for position, size in enumerate(sizes):
             if taken is not None and taken < len(reads) and position == 0:
@@ -238,7 +242,7 @@ class _Walk:
             if shared and same:
                 free.remove(same[0])
                 live.buffers[same[0]].dies = index - 1
-            live.buffers.append(_Buffer(size, one, index, index))
+            live.buffers.append(_Buffer(size, one, shapes[position], index, index))
             made.append(len(live.buffers) - 1)
         return tuple(made)
 
@@ -302,10 +306,9 @@ class _Walk:
         for buffer in live.buffers:
             if buffer.born <= spot <= buffer.dies and buffer.num_bytes:
                 one = buffer.made_by
-                shape = re.sub(r"\{[^{}]*\}", "", one.type_text)
                 yield Standing(
                     one.name,
-                    shape,
+                    buffer.shape,
                     buffer.num_bytes,
                     op_name(one),
                     source_line(self.module, one),

@@ -134,6 +134,10 @@ GPUS = {
         *("NVIDIA GeForce RTX 4090", (8, 9), 128, 128, 1536, 100 * KIB, 99 * KIB),
         *(72 * MIB, 25_383_256_719, 1_008_096_000_000, 2.52),
     ),
+    "h20": Gpu(
+        *("NVIDIA H20", (9, 0), 78, 128, 2048, 228 * KIB, 227 * KIB, 60 * MIB),
+        *(102_005_473_280, 4_000_000_000_000, 1.98),
+    ),
     "h100": _hopper("NVIDIA H100 80GB HBM3", 84_942_979_072, 3_352_320_000_000),
     "h200": _hopper("NVIDIA H200", 151_397_597_184, 4_800_000_000_000),
     "b200": Gpu(
@@ -145,7 +149,10 @@ GPUS = {
         *(135_528_448, 197_897_748_480, 7_928_064_000_000, 2.062),
     ),
 }
-ALIASES = {"a100": "a100-80", "v100-16": "v100", "v5litepod": "v5e"}
+ALIASES = {
+    **{"a100": "a100-80", "v100-16": "v100", "v5litepod": "v5e"},
+    **{"v7": "tpu7x", "ironwood": "tpu7x"},
+}
 
 TPU_CORES = {"v2": 2, "v3": 2, "v4": 2, "v5e": 1, "v5p": 1, "v6e": 1, "tpu7x": 2}
 """TPU generations the compiler knows, with the devices (cores) that one chip shows."""
@@ -189,9 +196,13 @@ def parse_target(text: str) -> Target:
         return _gpu(text, name, shape)
     if name in TPU_CORES:
         return _tpu(text, name, shape)
-    if len(shape) > 1:
-        raise ClusterError(f"{text!r}: CPU devices have one number, such as cpu:8.")
-    return Target(f"cpu:{shape[0]}", "cpu", str(shape[0]), "", shape[0], 0)
+    if len(shape) > 2:
+        raise ClusterError(
+            f"{text!r} has {len(shape)} numbers, CPU devices have two: cpu:processes x "
+            "devices a process, such as cpu:2x4 (cpu:8 is one process)."
+        )
+    count = math.prod(shape)  # the compiler does not see processes
+    return Target(f"cpu:{count}", "cpu", str(count), "", count, 0)
 
 
 def _gpu(text: str, name: str, shape: tuple[int, ...]) -> Target:

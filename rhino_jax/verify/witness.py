@@ -21,7 +21,7 @@ ON_CHIP = {"tpu": frozenset(range(1, 64)), "cuda": frozenset[int]()}
 
 @dataclass(frozen=True)
 class KindTraffic:
-    """Wire bytes of one kind of collective over one group of axes, a device and step."""
+    """Wire bytes of one kind of collective over one group of axes: a device, a step."""
 
     axes: str
     kind: str
@@ -33,13 +33,14 @@ class KindTraffic:
 class Witness:
     """What the real compiler made of a plan, beside what was predicted.
 
-    ``print`` it through :func:`rhino_jax.report.witness.witness_text`.
+    In words: :func:`rhino_jax.report.witness.witness_text`.
 
     Attributes:
         facts: what the compiler said, its refusal or its end too.
         prediction: what Rhino's prices say of the same plan.
         audit: planned against compiled collectives; None where nothing was compiled.
-        limit_bytes: memory of one device that the plan had to fit.
+        limit_bytes: memory of one device that the plan was made for; searched plans
+            leave a margin free.
         mesh: the mesh in words.
     """
 
@@ -100,7 +101,7 @@ class Witness:
     def fits(self) -> bool | None:
         """Whether it does, by the compiler's word; None where there is none."""
         if self.facts.memory is not None:
-            return self.facts.memory.live_bytes <= self.limit_bytes
+            return self.facts.memory.live_bytes <= self.prediction.device_bytes
         return False if self.facts.out_of_memory else None
 
     @cached_property
@@ -149,15 +150,10 @@ def kinds_of(
     )
 
 
-def witness(
+def audited(
     facts: CompiledFacts,
-    prediction: Prediction,
-    planned: tuple[PlannedCollective, ...],
-    mesh: str,
+    planned: Sequence[PlannedCollective],
     mesh_shape: Mapping[str, int],
-    limit_bytes: int,
-) -> Witness:
-    """Put a plan's predictions and the compiler's facts side by side."""
-    found = audit(planned, facts, mesh_shape) if facts.ok else None
-    shape = tuple(mesh_shape.items())
-    return Witness(facts, prediction, found, limit_bytes, mesh, planned, shape)
+) -> Audit | None:
+    """The audit of what was compiled; None where nothing was."""
+    return audit(planned, facts, mesh_shape) if facts.ok else None

@@ -7,9 +7,13 @@ import pytest
 from rhino_jax.cluster.hardware import CATALOGUE
 from rhino_jax.cluster.links import tpu_cluster
 from rhino_jax.cluster.parse import example, parse_cluster
+from rhino_jax.cluster.sources import address
 from rhino_jax.ir.mesh import TORUS
 
-SOURCES = ("brief", "datasheet", "documentation", "How to Scale", "NCCL", "Amazon EC2")
+SOURCES = (
+    *("brief", "datasheet", "documentation", "How to Scale", "NCCL", "RCCL"),
+    *("Amazon EC2", "Jouppi et al."),
+)
 TEXTS = [*map(example, CATALOGUE), "v5e:16x16x4slices", "v4:4x4x4x2slices"]
 
 
@@ -19,6 +23,7 @@ def test_links_have_sources_and_are_plausible(text: str) -> None:
     for link, _ in cluster.levels:
         for source in (link.bandwidth_source, link.latency_source):
             assert source.startswith("assumed") or any(w in source for w in SOURCES)
+            assert source.startswith("assumed") or address(source), source
         # Only 25 Gb/s shared by 8 GPUs is less than 1 GB/s.
         slow = link.name == "Ethernet" and "25 Gb/s" in link.bandwidth_source
         assert (3e8 if slow else 1e9) <= link.bytes_per_second <= 1e12
@@ -38,6 +43,9 @@ def test_links_have_sources_and_are_plausible(text: str) -> None:
         ("b200:2x8", [50, 900]),
         ("v5e:4x4", [50, 50]),
         ("v4:2x2x2", [22.5, 22.5, 22.5, 300]),
+        ("v3:4x4", [41, 41, 225]),
+        ("tpu7x:4x4x4x2slices", [6.25, 50, 50, 50, 600]),
+        ("mi300x:2x8", [50, 448]),
     ],
 )
 def test_bandwidths(text: str, gigabytes: list[float]) -> None:
@@ -54,6 +62,9 @@ def test_bandwidths(text: str, gigabytes: list[float]) -> None:
         ("v5p", (2, 2, 4), (False, False, False)),
         ("v5p", (4, 4, 8), (True, True, True)),
         ("v4", (4, 4, 4), (True, True, True)),
+        ("tpu7x", (8, 8, 8), (True, True, True)),
+        ("v2", (8, 16), (False, True)),
+        ("v3", (16, 32), (False, True)),
     ],
 )
 def test_which_dimensions_close(
@@ -63,3 +74,18 @@ def test_which_dimensions_close(
     assert tuple(link.wraps for link in torus) == closed
     for link in torus:
         assert link.ring_bytes_per_second == link.bytes_per_second * (1 + link.wraps)
+
+
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [
+        ("gb200:1x4", [("InfiniBand", 1), ("NVLink", 4)]),
+        ("gb200:18x4", [("NVLink", 18), ("NVLink", 4)]),
+        ("gb200:36x4", [("InfiniBand", 2), ("NVLink", 18), ("NVLink", 4)]),
+        ("gb200:20x4", [("InfiniBand", 2), ("NVLink", 10), ("NVLink", 4)]),
+        ("gb200:2x72", [("InfiniBand", 2), ("NVLink", 72)]),
+        ("h100:18x4", [("InfiniBand", 18), ("NVLink", 4)]),
+    ],
+)
+def test_nvlink_domains(text: str, levels: list[tuple[str, int]]) -> None:
+    assert [(link.name, size) for link, size in parse_cluster(text).levels] == levels

@@ -26,6 +26,7 @@ GOOD = [
     ("v5e:16x16x4slices", "v5e:16x16x4slices", (4, 16, 16), (64, 16)),
     ("v5e:4x4x1slice", "v5e:4x4", (4, 4), (4, 4)),
     ("cpu:8", "cpu:8", (8,), (8,)),
+    ("cpu:2x4", "cpu:2x4", (2, 4), (8,)),
 ]
 
 
@@ -66,8 +67,11 @@ BAD = [
     ("v5e:4x4x4", "3 numbers, a v5e torus has 2"),
     ("v5p:4x4", "2 numbers, a v5p torus has 3"),
     ("v5e:3x4", "must be even"),
+    ("v5e:32x16", "512 chips in one slice, a pod of v5e has 256"),
+    ("gb200:2x80", "72 GPUs, not 80"),
+    ("h2O:2x8", "did you mean h20"),
     ("v5e:4x4x0slices", "size of 0"),
-    ("cpu:2x4", "one number"),
+    ("cpu:2x4x2", "CPU devices have two"),
     ("h100:0x8", "size of 0"),
 ]
 
@@ -77,6 +81,6 @@ def test_mistakes(text: str, told: str) -> None:
     with pytest.raises(ClusterError, match=told) as caught:
         parse_cluster(text)
     message = str(caught.value).replace(repr(text), "")
-    shown = re.findall(r"[\w-]+:\d[\dx]*", message)
+    shown = re.findall(r"[\w-]+:\d[\dx]*(?:slices)?", message)
     assert shown, "a valid example is shown"
     assert all(parse_cluster(one) for one in shown)

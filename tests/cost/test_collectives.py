@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cluster.topology import Crossing, Link, crossing
+from rhino_jax.cluster.topology import Crossing, Fit, Link, crossing
 from rhino_jax.cost.collectives import collective_seconds, step_seconds
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, TORUS, Mesh
@@ -52,11 +52,16 @@ def test_over_one_link(kind: str, wire_bytes: int, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("kind", "wire_bytes", "seconds"),
     [
-        # 4 hosts of 8: 3200 bytes gathered, of which 100 a device; over the network
-        # 400 are put together of 4 times 100, inside the host 3200 of 8 times 400.
-        (ALL_GATHER, 3100, 7 * 0.25 + 2800 / 100 + 3 * 2.0 + 300 / 10),
-        (REDUCE_SCATTER, 3100, 7 * 0.25 + 2800 / 100 + 3 * 2.0 + 300 / 10),
-        (ALL_REDUCE, 6200, 2 * (7 * 0.25 + 2800 / 100 + 3 * 2.0 + 300 / 10)),
+        # 4 hosts of 8, 8 rings at once: 28 steps inside hosts, 3 between; each ring
+        # carries an eighth over the network.
+        (ALL_GATHER, 3100, 28 * 0.25 + 3 * 2.0 + 3100 / 8 / 10),
+        (REDUCE_SCATTER, 3100, 28 * 0.25 + 3 * 2.0 + 3100 / 8 / 10),
+        (ALL_REDUCE, 6200, 2 * (28 * 0.25 + 3 * 2.0 + 3100 / 8 / 10)),
+        # 32 bytes gathered: level by level. Over the network 4 are put together of 4
+        # times 1, inside the host 32 of 8 times 4.
+        (ALL_GATHER, 31, 7 * 0.25 + 28 / 100 + 3 * 2.0 + 3 / 10),
+        (REDUCE_SCATTER, 31, 7 * 0.25 + 28 / 100 + 3 * 2.0 + 3 / 10),
+        (ALL_REDUCE, 62, 2 * (7 * 0.25 + 28 / 100 + 3 * 2.0 + 3 / 10)),
         # 100 bytes to each of 7 peers in the host and 24 in others.
         (ALL_TO_ALL, 3100, 7 * 0.25 + 700 / 100 + 3 * 2.0 + 2400 / 10),
         (PERMUTE, 100, 2.0 + 100 / 10),
@@ -71,6 +76,96 @@ def test_a_closed_ring_sends_both_ways_but_a_permute() -> None:
     ring = Link("torus", TORUS, 100.0, 1e-9, "", "", wraps=True)
     assert collective_seconds(ALL_GATHER, 900, ((ring, 4),)) == SECONDS(4.5, rel=1e-6)
     assert collective_seconds(PERMUTE, 900, ((ring, 4),)) == SECONDS(9.0, rel=1e-6)
+
+
+def torus(rate: float, latency: float, wraps: bool = True) -> Link:
+    return Link("torus", TORUS, rate, latency, "", "", wraps)
+
+
+def test_a_closed_ring_takes_half_the_steps() -> None:
+    closed, line = torus(1e30, 1.0), torus(1e30, 1.0, wraps=False)
+    assert collective_seconds(ALL_GATHER, 8, ((closed, 16),)) == SECONDS(8)
+    assert collective_seconds(ALL_GATHER, 8, ((line, 16),)) == SECONDS(15)
+
+
+def test_dimensions_of_a_torus_work_at_once() -> None:
+    one = torus(10.0, 1e-12)
+    # 1600 bytes, 1500 of them sent: half first along x, half first along y, 20 a second
+    # each (750/20), instead of 1200 along one and then 300 along the other.
+    square = ((one, 4), (one, 4))
+    assert collective_seconds(ALL_GATHER, 1500, square) == SECONDS(1500 / 40)
+    assert collective_seconds(ALL_REDUCE, 3000, square) == SECONDS(2 * 1500 / 40)
+    cube = ((one, 4), (one, 4), (one, 4))
+    assert collective_seconds(ALL_GATHER, 6300, cube) == SECONDS(6300 / 60)
+
+
+def test_slices_reduce_over_the_slow_network_what_ici_has_divided() -> None:
+    ici, dcn = torus(10.0, 1e-12), link(1.0, 1e-12)
+    crossed = ((ici, 4), (ici, 4), (dcn, 2))
+    # 1600 bytes: scattered over 16 chips, 100 of them reduced with the other slice.
+    wire_bytes = 2 * 1600 * 31 // 32
+    inside = 2 * 1500 / 40
+    assert collective_seconds(ALL_REDUCE, wire_bytes, crossed) == SECONDS(inside + 100)
+
+
+@pytest.mark.parametrize(
+    ("count", "wraps", "seconds"),
+    [
+        # 100 bytes a device to each of n: what crosses the middle, over its wires.
+        (4, False, 2 * 2 * 100 / 10),  # 2 devices send 200 to the other 2: one wire
+        (4, True, 2 * 2 * 100 / 2 / 10),  # two wires
+        (8, True, 4 * 4 * 100 / 2 / 10),
+    ],
+)
+def test_an_all_to_all_on_a_torus_is_bound_by_its_middle(
+    count: int, wraps: bool, seconds: float
+) -> None:
+    crossed = ((torus(10.0, 1e-12, wraps), count),)
+    wire_bytes = 100 * (count - 1)
+    assert collective_seconds(ALL_TO_ALL, wire_bytes, crossed) == SECONDS(seconds)
+
+
+def test_small_all_reduces_go_by_tree() -> None:
+    """By hand: 32 hosts of 8, a chain of 8 and binary trees of 32, there and back."""
+    crossed = crossing(parse_cluster("h100:32x8"), Mesh.of(d=256), ("d",))
+    tree = 2 * (7 * 1.25e-6 + 5 * 8.5e-6)
+    assert collective_seconds(ALL_REDUCE, 2, crossed) == SECONDS(tree, rel=1e-3)
+    few = crossing(parse_cluster("h100:1x8"), Mesh.of(d=8), ("d",))
+    assert collective_seconds(ALL_REDUCE, 2, few) == SECONDS(6 * 1.25e-6, rel=1e-3)
+
+
+def flat_ring(kind: str, wire_bytes: int, crossed: Crossing) -> float:
+    """One ring through all devices, in step with the slowest link."""
+    size = math.prod(count for _, count in crossed)
+    latency = max(link.latency_seconds for link, _ in crossed)
+    rate = min(link.bytes_per_second for link, _ in crossed)
+    steps = (size - 1) * (2 if kind == ALL_REDUCE else 1)
+    return steps * latency + wire_bytes / rate
+
+
+@given(
+    st.sampled_from((ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER)),
+    st.sampled_from(("h100:4x8", "gb200:36x4", "v5e:16x16x4slices", "v4:2x2x4")),
+    st.integers(1, 10**11),
+)
+def test_levels_are_never_worse_than_one_flat_ring(
+    kind: str, text: str, wire_bytes: int
+) -> None:
+    cluster = parse_cluster(text)
+    mesh = Mesh.of(d=cluster.num_devices)
+    crossed = crossing(cluster, mesh, ("d",))
+    found = collective_seconds(kind, wire_bytes, crossed)
+    assert found <= flat_ring(kind, wire_bytes, crossed) * (1 + 1e-9)
+
+
+def test_a_profile_takes_the_place_of_rings() -> None:
+    fits = (Fit(ALL_REDUCE, 2, 1.0, 10.0), Fit(ALL_REDUCE, 8, 3.0, 10.0))
+    told = link(100.0, 0.25, fits=fits)
+    assert collective_seconds(ALL_REDUCE, 100, ((told, 2),)) == SECONDS(11.0)
+    assert collective_seconds(ALL_REDUCE, 100, ((told, 4),)) == SECONDS(12.0)
+    assert collective_seconds(ALL_REDUCE, 100, ((told, 64),)) == SECONDS(13.0)
+    unknown = collective_seconds(ALL_GATHER, 100, ((told, 2),))
+    assert unknown == collective_seconds(ALL_GATHER, 100, ((link(100.0, 0.25), 2),))
 
 
 @given(

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rhino_jax.cluster import kernels
 from rhino_jax.cluster.hardware import CATALOGUE
+from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cost.buffers import unfold
 from rhino_jax.cost.compute import (
-    EFFICIENCY,
-    MEMORY,
-    OPERANDS,
     Work,
     op_flops,
     op_work,
@@ -30,12 +29,13 @@ from rhino_jax.ir.program import Program
 from rhino_jax.rules import rule_of
 from tests.cost.plans import ONE, f32, planned, program, traced_whole, trained
 
+SHARE = {curve.kind: curve.shares[0] for curve in kernels_of(CATALOGUE["cpu"]).curves}
 # A device of round numbers: 4 flops, or 2 bytes of a product's, take a second.
 SLOW = replace(
     CATALOGUE["cpu"],
-    f32_flops_per_second=4.0 / EFFICIENCY["dot_general"],
-    bf16_flops_per_second=8.0 / EFFICIENCY["dot_general"],
-    memory_bytes_per_second=2.0 / EFFICIENCY[OPERANDS],
+    f32_flops_per_second=4.0 / SHARE[kernels.PRODUCT],
+    bf16_flops_per_second=8.0 / SHARE[kernels.PRODUCT],
+    memory_bytes_per_second=2.0 / SHARE[kernels.OPERANDS],
 )
 DIMS = (("dimension_numbers", (((1,), (0,)), ((), ()))),)
 PRODUCT = program(
@@ -78,8 +78,8 @@ def test_the_roofline_takes_the_longer_of_the_two() -> None:
     def seconds(flops_per_second: float, bytes_per_second: float) -> float:
         device = replace(
             SLOW,
-            f32_flops_per_second=flops_per_second / EFFICIENCY["dot_general"],
-            memory_bytes_per_second=bytes_per_second / EFFICIENCY[OPERANDS],
+            f32_flops_per_second=flops_per_second / SHARE[kernels.PRODUCT],
+            memory_bytes_per_second=bytes_per_second / SHARE[kernels.OPERANDS],
         )
         return op_work(PRODUCT, op, rule, Choice(), ONE, device).seconds
 
@@ -212,5 +212,5 @@ def test_an_op_without_a_table_entry_is_bound_by_memory() -> None:
     op = of.ops[0]
     found = op_work(of, op, rule_of(of, op), Choice(), ONE, SLOW)
     assert found == Work(
-        0, 80, pytest.approx(40 * EFFICIENCY[OPERANDS] / EFFICIENCY[MEMORY])
+        0, 80, pytest.approx(40 * SHARE[kernels.OPERANDS] / SHARE[kernels.ELEMENTWISE])
     )

@@ -14,8 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.lower.program import jit_step
-from rhino_jax.search.pins import Spec, pinned
+from rhino_jax.search.pins import pinned
 from rhino_jax.search.recipes import RECIPES, completed, place
+from rhino_jax.search.specs import Spec
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import Traced, trace
 

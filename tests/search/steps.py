@@ -16,8 +16,8 @@ from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.plan import Collective, collectives
 from rhino_jax.search.choose import completion
-from rhino_jax.search.pins import Spec
 from rhino_jax.search.recipes import RECIPES, Placement, place
+from rhino_jax.search.specs import Spec
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import trace
 

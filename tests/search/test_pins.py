@@ -6,7 +6,8 @@ import pytest
 
 from rhino_jax.errors import PinError
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.search.pins import matches, names_in, spec_layout, spec_problems
+from rhino_jax.search.pins import matches, names_in
+from rhino_jax.search.specs import spec_layout, spec_problems
 from tests.search.steps import HIDDEN, MLP, made
 
 D, T = ("data",), ("tensor",)

@@ -25,9 +25,9 @@ from rhino_jax.search.descend import orders
 from rhino_jax.search.energy import Energy
 from rhino_jax.search.planner import (
     Request,
-    copies_of,
     energy_of,
     read,
+    repeats,
     search,
     ties_of,
 )
@@ -202,7 +202,8 @@ def unrolled(layers: int) -> Subject:
                 h = h + jnp.tanh(h @ layer["up"]) @ layer["down"]
             return jnp.mean(h**2)
 
-        return jax.tree.map(lambda p, g: p - g, params, jax.grad(loss_of)(params))
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        return jax.tree.map(lambda p, g: p - g, params, grads), loss
 
     array = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     layer = {"up": array((64, 256)), "down": array((256, 64))}
@@ -226,9 +227,9 @@ def test_equal_layers_share_their_variables(
 
 def test_what_is_computed_again_is_decided_as_it_was() -> None:
     was = unrolled(6)
-    assert not copies_of(was.program)
+    assert not repeats(was.program).ops
     program = apply_remat(was.program, was.pairs, was.batch_inputs, BOUNDARY)
-    found = copies_of(program)
+    found = repeats(program).ops
     assert len(found) == len(program.ops) - len(was.program.ops) - sum(
         op.kind == REMATERIALIZE for op in program.ops
     )
@@ -240,16 +241,19 @@ def test_what_is_computed_again_is_decided_as_it_was() -> None:
 
 
 def test_nothing_between_is_tried_where_the_highest_price_does_not_fit() -> None:
+    """Nor that price, where dividing everything could not make it fit."""
     subject = subject_of(*MLP)
-    free = plan_search(subject, wish("cpu:4")).best.prediction
-    limits = int(free.peak_bytes * 0.8), 1000
-    tried = []
-    for limit in limits:
+
+    def tried(limit: int) -> dict[float, int]:
         search = auto._Search(subject, wish("cpu:4", limit_bytes=limit))
-        tried.append([c.byte_seconds for c in search._with((NONE,), (1,))])
-    some, hopeless = tried
-    assert hopeless == [0.0, max(hopeless)]
-    assert some[1] == max(some) and len(some) > 2
+        found = search._with((NONE,), (1,))
+        return {c.byte_seconds: c.prediction.peak_bytes for c in found}
+
+    free = plan_search(subject, wish("cpu:4")).best.prediction.peak_bytes
+    some = tried(int(free * 0.8))
+    assert list(some)[1] == max(some) and len(some) > 2
+    assert len(tried(some[max(some)] - 1)) == 2
+    assert list(tried(1000)) == [0.0]
 
 
 def test_orders_are_rotations_first() -> None:

@@ -42,7 +42,7 @@ def test_small_tpu_slices_name_their_host() -> None:
         ("v5e:4x4x4", "3 numbers, a v5e torus has 2"),
         ("v5p:4x4", "2 numbers, a v5p torus has 3"),
         ("v5e:3x4", "must be even"),
-        ("cpu:2x4", "one number"),
+        ("cpu:2x4x2", "CPU devices have two"),
         ("h100:0x8", "size of 0"),
     ],
 )

@@ -13,9 +13,12 @@ from rhino_jax.lower.local import (
     assembly,
     contraction,
     convolution,
+    effects,
     elementwise,
     indexing,
     linalg,
+    placing,
+    ragged,
     random,
     reduction,
     shape,
@@ -27,6 +30,7 @@ from rhino_jax.lower.reshard import neutral
 FAMILIES: tuple[ModuleType, ...] = (
     elementwise,
     contraction,
+    ragged,
     convolution,
     reduction,
     shape,
@@ -35,6 +39,8 @@ FAMILIES: tuple[ModuleType, ...] = (
     random,
     indexing,
     linalg,
+    placing,
+    effects,
 )
 
 
@@ -50,16 +56,20 @@ def _merged() -> Mapping[str, LocalFn]:
 LOCALS: Mapping[str, LocalFn] = _merged()
 
 
+ALWAYS = frozenset((*placing.LOCALS, *effects.LOCALS))
+"""Primitives with a form of their own even where nothing is split."""
+
+
 def run_local(shard: Shard, args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The results of one op on one shard.
 
     Pads of operands along a ragged reduction are filled with the neutral element
     first, so no local form has to think of them. An op with no local form, or whose
     choice splits nothing, runs as the primitive itself; one that a rewrite has added
-    is no primitive.
+    is no primitive, and some are never run as they stand.
     """
     split_something = any(axis for _, axis in shard.choice.splits)
-    own = split_something or shard.op.source is None
+    own = split_something or shard.op.source is None or shard.op.kind in ALWAYS
     form = LOCALS.get(shard.op.kind, as_it_stands) if own else as_it_stands
     out = form(shard, *_filled(shard, args))
     return tuple(out) if isinstance(out, list | tuple) else (out,)

@@ -152,6 +152,33 @@ def every_choice(rule: Rule, mesh: Mesh) -> list[Choice]:
     return list(dict.fromkeys(found))
 
 
+def alone_and_in_pairs(rule: Rule, mesh: Mesh) -> list[Choice]:
+    """Every factor and flow over the first axis alone, and every two of them over two.
+
+    A factor is split in blocks, and in strides of one where it can be.
+    """
+    first, second = mesh.names[:2]
+
+    def ways(axis: str) -> list[Choice]:
+        found = []
+        for factor in rule.factors:
+            strides = _splits(factor.size, axis, mesh)[:2]
+            found += [Choice().with_split(factor.name, s) for s in strides]
+        flows = range(len(rule.flows))
+        return found + [Choice().with_flow(axis, number) for number in flows]
+
+    alone, other = ways(first), ways(second)
+    pairs = [
+        Choice.of(
+            {n: (*a.on(n), *b.on(n)) for n in (*dict(a.splits), *dict(b.splits))},
+            {**dict(a.flows), **dict(b.flows)},
+        )
+        for a, b in itertools.product(alone, other)
+    ]
+    every = dict.fromkeys([*alone, *pairs])
+    return [c for c in every if not choice_problems(rule, c, mesh)]
+
+
 def check(
     fun: Callable[..., Any],
     args: Sequence[Any],
@@ -169,12 +196,26 @@ def check(
     Returns the choices tried, so that a test can say what it covered.
     """
     program, op = one_op(fun, *args, kind=kind)
-    rule = rule_of(program, op)
     rng = random.Random(seed)
-    tried = [random_choice(rule, mesh, rng) for _ in range(choices)]
+    tried = [random_choice(rule_of(program, op), mesh, rng) for _ in range(choices)]
     given = args if args_of_op is None else args_of_op
+    check_choices(program, tried, mesh, jax_mesh, given, rtol)
+    return tried
+
+
+def check_choices(
+    program: Program,
+    choices: Sequence[Choice],
+    mesh: Mesh,
+    jax_mesh: jax.sharding.Mesh,
+    given: Sequence[Any],
+    rtol: float = 1e-5,
+) -> None:
+    """Run the one op of ``program`` under ``choices`` against the op itself."""
+    (op,) = program.ops
+    rule = rule_of(program, op)
     expected = evaluate(program, given)
-    unique = list(dict.fromkeys(tried))
+    unique = list(dict.fromkeys(choices))
     found = recombine_all(program, unique, mesh, jax_mesh, given)
     for choice, got in zip(unique, found, strict=True):
         for want, have in zip(expected, got, strict=True):
@@ -186,7 +227,6 @@ def check(
                 )
             else:
                 np.testing.assert_array_equal(have, want, err_msg=message)
-    return tried
 
 
 def _splits(size: int, axis: str, mesh: Mesh) -> list[Split]:

@@ -1,0 +1,237 @@
+"""A plan with pipeline stages: every stage on the devices of its worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from rhino_jax.api.activations import activations
+from rhino_jax.api.passing import Passing
+from rhino_jax.api.planned import Planned, subject_of
+from rhino_jax.errors import VerifyError
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.pipeline.chunks import Chunks
+from rhino_jax.ir.spans import numbers
+from rhino_jax.lower.pipeline.program import StagePrograms
+from rhino_jax.lower.program import SignatureChanged
+from rhino_jax.plan import Stages
+from rhino_jax.report.stages import StageRow, stage_rows, stage_table
+from rhino_jax.report.text import plan_text
+from rhino_jax.runtime.build import task_graph
+from rhino_jax.runtime.controller import Controller, lowered
+from rhino_jax.runtime.tasks import TaskGraph
+from rhino_jax.schedule import Schedule, make_schedule
+from rhino_jax.search.staging import Divided
+from rhino_jax.verify.facts import CompiledFacts
+
+SPLIT = "zero_bubble"
+"""The schedule whose backward halves are cut in two."""
+
+
+def schedule_of(stages: Stages, microbatches: int) -> Schedule:
+    """The schedule that ``stages`` names."""
+    return make_schedule(
+        stages.schedule, stages.num_workers, microbatches, stages.per_worker
+    )
+
+
+def chunks_of(divided: Divided, assignment: Any, stages: Stages) -> Chunks:
+    """``assignment`` cut as ``stages`` says."""
+    held = [numbers(text) for text in stages.segments]
+    return divided.chunks(assignment, held, stages.schedule == SPLIT)
+
+
+def graph_of(
+    divided: Divided,
+    programs: StagePrograms,
+    schedule: Schedule,
+    donated: Sequence[int],
+) -> TaskGraph:
+    """The tasks of one step."""
+    pairs, loop = divided.subject.pairs, programs.assignment.loop
+    return task_graph(
+        programs.chunks,
+        schedule,
+        programs.inputs,
+        loop.trips if loop else None,
+        programs.num_bytes,
+        {i: pairs[i] for i in donated if i in pairs},
+    )
+
+
+class PipelinePlanned(Planned):
+    """A :class:`Planned` whose plan has pipeline stages.
+
+    ``jax_mesh`` has a leading axis "stage" over the workers.
+    """
+
+    def __str__(self) -> str:
+        inside = activations(self.traced.program, self.plan.assignment)
+        rows = list(stage_table(self.stage_rows))
+        return plan_text(self.plan, inside, rows)
+
+    @property
+    def stages(self) -> Stages:
+        assert self.plan.stages is not None
+        return self.plan.stages
+
+    @cached_property
+    def divided(self) -> Divided:
+        return Divided(subject_of(self.traced))
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """In what order every worker runs its stages' microbatches."""
+        return schedule_of(self.stages, self.plan.microbatches)
+
+    @cached_property
+    def programs(self) -> StagePrograms:
+        """The programs of the stages."""
+        return StagePrograms(
+            self.traced.program,
+            self.plan.assignment,
+            self.plan.mesh,
+            chunks_of(self.divided, self.plan.assignment, self.stages),
+            self.schedule.worker_of,
+            worker_meshes(self.jax_mesh),
+        )
+
+    @cached_property
+    def graph(self) -> TaskGraph:
+        """The tasks of one step."""
+        return graph_of(self.divided, self.programs, self.schedule, self.traced.donated)
+
+    @cached_property
+    def stage_rows(self) -> tuple[StageRow, ...]:
+        """What every stage holds, and what it sends to others."""
+        programs = self.programs
+        return stage_rows(
+            self.stages,
+            programs.chunks,
+            programs.inputs,
+            programs.num_bytes,
+            programs.assignment.loop is not None,
+        )
+
+    def shardings(self, layouts: Sequence[Layout]) -> Sequence[Any]:
+        raise AssertionError("layouts alone do not say on which stage")
+
+    # ---- shardings ----------------------------------------------------------------
+
+    @cached_property
+    def input_shardings(self) -> Sequence[Any]:
+        programs = self.programs
+        return [
+            programs.sharding(version, stage)
+            for version, stage in zip(
+                programs.inputs, programs.chunks.homes, strict=True
+            )
+        ]
+
+    @cached_property
+    def output_shardings(self) -> Sequence[Any]:
+        programs = self.programs
+        homes = dict(zip(programs.inputs, programs.chunks.homes, strict=True))
+        return [
+            programs.sharding(
+                read.version,
+                read.source.stage if read.source else homes[read.version],
+            )
+            for read in programs.chunks.outputs
+        ]
+
+    def create(self, init_fn: Callable[..., Any], given: Sequence[Any]) -> Any:
+        """What ``init_fn`` returns, the part of every worker made on its devices."""
+        shapes = jax.eval_shape(init_fn, *given)
+        tree: Any = jax.tree.structure(shapes)
+        where = jax.tree.leaves(self.in_shardings[0][0])
+        workers: dict[Any, list[int]] = {}
+        for i, one in enumerate(where):
+            devices = tuple(sorted(d.id for d in one.device_set))
+            workers.setdefault(devices, []).append(i)
+        leaves: list[Any] = [None] * len(where)
+        for mine in workers.values():
+
+            def part(*args: Any, mine: Sequence[int] = tuple(mine)) -> list[Any]:
+                made = jax.tree.leaves(init_fn(*args))
+                return [made[i] for i in mine]
+
+            home = where[mine[0]]
+            everywhere = (
+                jax.sharding.NamedSharding(home.mesh, PartitionSpec())
+                if isinstance(home, jax.sharding.NamedSharding)
+                else home
+            )
+            args = jax.device_put(tuple(given), everywhere)
+            made = jax.jit(part, out_shardings=[where[i] for i in mine])(*args)
+            for i, x in zip(mine, made, strict=True):
+                leaves[i] = x
+        return jax.tree.unflatten(tree, leaves)
+
+    # ---- lowering -----------------------------------------------------------------
+
+    def jit_call(self, passing: Passing) -> Any:
+        traced = self.traced
+        count = traced.num_inputs
+        args = jax.tree.unflatten(traced.in_tree, range(count))
+        tree: Any
+        order, tree = jax.tree.flatten(passing.call(*args))
+        place = {i: k for k, i in enumerate(order)}
+        controller = Controller(self.graph, self.programs, traced.donated)
+
+        def step(donated: Any, others: Any, constants: Any) -> Any:
+            given, found = jax.tree.flatten((donated, others))
+            if tree != found:
+                raise SignatureChanged
+            leaves = [given[place[i]] for i in range(count)]
+            outs = controller((*leaves, *constants))
+            return jax.tree.unflatten(traced.out_tree, outs)
+
+        step.__name__ = traced.program.name
+        return step
+
+    def lower(self, platform: str = "") -> Any:
+        """The lowered programs of all stages, in an order in which they can run.
+
+        Args:
+            platform: as :meth:`Planned.lower`'s.
+        """
+        real = [*self.traced.avals, *(jax.typeof(c) for c in self.traced.constants)]
+        return lowered(self.graph, self.programs, real, platform or self.platform)
+
+    def compile(self) -> Any:
+        """The compiled programs of all stages."""
+        return [one.compile() for one in self.lower()]
+
+    def compile_only(self, target: str = "", **options: Any) -> CompiledFacts:
+        raise VerifyError(
+            f"{self.traced.program.name} is a pipeline of {self.stages}: it is many "
+            "programs. planned.lower() gives each, to compile alone; to verify the "
+            "plan of one stage's mesh, plan without pipeline_stages"
+        )
+
+
+def worker_meshes(jax_mesh: Any) -> tuple[Any, ...]:
+    """The mesh of every worker, or its one device, of a mesh with a leading axis.
+
+    None stands for a device that is only described.
+    """
+    names = jax_mesh.axis_names[1:]
+    if isinstance(jax_mesh, AbstractMesh):
+        sizes = jax_mesh.axis_sizes
+        inner = (
+            AbstractMesh(sizes[1:], names, axis_types=jax_mesh.axis_types[1:])
+            if names
+            else None
+        )
+        return (inner,) * sizes[0]
+    return tuple(
+        jax.sharding.Mesh(devices, names, axis_types=jax_mesh.axis_types[1:])
+        if names
+        else devices
+        for devices in jax_mesh.devices
+    )

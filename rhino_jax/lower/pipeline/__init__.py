@@ -1,0 +1,1 @@
+"""Chunks of an assignment as jitted programs, each on the devices of its stage."""
