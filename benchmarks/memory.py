@@ -17,9 +17,7 @@ import rhino_jax as rhino
 from benchmarks.models import build
 from benchmarks.models.zoo import Model
 from rhino_jax.api.planned import Planned
-from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cost.model import Prediction, predict
-from rhino_jax.rules import rule_of
+from rhino_jax.cost.model import Prediction
 
 CLUSTERS = ("h100:1x8", "h100:4x8", "v5e:4x4", "v5p:4x4x4")
 SCALE = {"h100:1x8": 1.0, "h100:4x8": 4.0, "v5e:4x4": 0.5, "v5p:4x4x4": 8.0}
@@ -67,12 +65,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A case's plan and what is predicted of it. ``limit_bytes``: it must fit these."""
+    """A case's plan and what is predicted of it."""
 
     case: Case
     planned: Planned = field(repr=False)
     prediction: Prediction = field(repr=False)
-    limit_bytes: int
 
 
 def cases(
@@ -108,7 +105,6 @@ def predicted(case: Case) -> Predicted:
         RhinoError: the plan that is asked for can not be.
     """
     model, batch = model_of(case)
-    device = parse_cluster(case.cluster).device
 
     def planned(**options: Any) -> Planned:
         given = {**KINDS[case.kind], **options}
@@ -116,21 +112,8 @@ def predicted(case: Case) -> Predicted:
             model.train_step, model.state_shapes, batch, cluster=case.cluster, **given
         )
 
-    found, limit = planned(), device.memory_bytes
+    found = planned()
     if case.kind == "tight":
-        limit = int(TIGHT * prediction_of(found).peak_bytes)
+        limit = int(TIGHT * found.prediction().peak_bytes)
         found = planned(memory_limit_bytes=limit)
-    return Predicted(case, found, prediction_of(found), limit)
-
-
-def prediction_of(planned: Planned) -> Prediction:
-    """What the prices of today say of a plan."""
-    plan, traced = planned.plan, planned.traced
-    return predict(
-        traced.program,
-        plan.assignment,
-        plan.mesh,
-        parse_cluster(plan.cluster),
-        rule_of,
-        tuple(traced.donated),
-    )
+    return Predicted(case, found, found.prediction())
