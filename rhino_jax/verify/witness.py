@@ -84,13 +84,14 @@ class Witness:
     def compiled_peak_bytes(self) -> int:
         """The compiler's peak, or what it said it would need; 0 where it said nothing.
 
-        Where a TPU's compiler counts on-chip memory in its peak, small programs have
-        more there than arguments, results and temporaries together: those then.
+        Small programs have more in a TPU compiler's peak, which counts on-chip memory,
+        than arguments, results and temporaries together: those then. The CPU
+        compiler's peak leaves temporaries out: those then, too.
         """
         memory, refused = self.facts.memory, self.facts.out_of_memory
         if memory is not None:
-            peak = memory.peak_bytes or memory.live_bytes
-            return min(peak, memory.live_bytes)
+            told = memory.peak_bytes if self.platform != "cpu" else 0
+            return min(told or memory.live_bytes, memory.live_bytes)
         return refused.needed_bytes if refused else 0
 
     @property
