@@ -1,152 +1,119 @@
-"""Predicted against compiled: peak memory a device, and arithmetic where it is counted.
+"""Cases of predicted against compiled memory: a model, a cluster, a kind of plan.
 
-Compiles for hardware that is not here, with its real compiler (facts are kept on disk).
-Predictions are made anew each time. Run ``python -m benchmarks.memory --help``.
+Models are the zoo's large ones in bfloat16, with a batch that fills the devices as a
+user's would; unrolled models are cut to a few layers so that they compile in minutes.
+``python -m benchmarks.prediction --memory`` runs them.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import click
-from rich.console import Console
-from rich.table import Table
+import jax
 
 import rhino_jax as rhino
-from benchmarks.models import NAMES, build
-from rhino_jax.api.planned import subject_of
-from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cost.model import Prediction, predict
-from rhino_jax.rules import rule_of
-from rhino_jax.search.recipes import RECIPES, applies
-from rhino_jax.verify.facts import CompiledFacts
+from benchmarks.models import build
+from benchmarks.models.zoo import Model
+from rhino_jax.api.planned import Planned
+from rhino_jax.cost.model import Prediction
 
-MESHES = {"h100:2x8": {"data": 2, "tensor": 8}, "v5e:4x4": {"data": 4, "tensor": 4}}
-MIB = 2**20
-CLOSE = 0.25
+CLUSTERS = ("h100:1x8", "h100:4x8", "v5e:4x4", "v5p:4x4x4")
+SCALE = {"h100:1x8": 1.0, "h100:4x8": 4.0, "v5e:4x4": 0.5, "v5p:4x4x4": 8.0}
+"""Of a batch that fills about half of ``h100:1x8``."""
+BATCHES: Mapping[str, int] = {
+    "gpt_unrolled": 8,
+    "gpt_scanned": 8,
+    "vit": 32,
+    "resnet": 64,
+    "moe": 8,
+    "t5": 16,
+    "recommender": 128,
+}
+"""How many of the zoo's large batches fill about half of ``h100:1x8``."""
+DEPTHS = {"h100": 4, "v5e": 2, "v5p": 2}
+"""Layers that are compiled: the TPU compiler takes ten times as long."""
+SCANNED = frozenset(("gpt_scanned", "recommender"))
+"""Compiled whole: their depth is a loop, or small."""
+
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "searched": {},
+    "zero3": {"recipe": "zero3"},
+    "megatron": {"recipe": "megatron"},
+    "remat": {"recipe": "zero3", "remat": "boundary"},
+    "microbatches": {"recipe": "zero3", "microbatches": 4},
+    "tight": {},
+}
+"""Kinds of plan. *tight* is searched under :data:`TIGHT` of what *searched* needs."""
+TIGHT = 0.6
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One model, recipe and cluster: what was predicted, what the compiler says."""
+class Case:
+    """One thing to predict and to compile. ``depth`` 0 is the model's own."""
 
-    name: str
-    recipe: str
+    model: str
     cluster: str
-    depth: int
-    predicted: Prediction
-    facts: CompiledFacts
-    predict_seconds: float
+    kind: str
+    depth: int = 0
 
     @property
-    def compiled_bytes(self) -> int:
-        """The compiler's peak; arguments and temporaries where it gives none."""
-        assert self.facts.memory is not None
-        return self.facts.memory.peak_bytes or self.facts.memory.live_bytes
-
-    @property
-    def ratio(self) -> float:
-        return self.predicted.peak_bytes / self.compiled_bytes
+    def name(self) -> str:
+        return f"{self.model}/{self.depth or 'full'} {self.kind} {self.cluster}"
 
 
-def cell(name: str, recipe: str, cluster: str, size: str, depth: int) -> Cell | None:
-    """One line of the table; None where the recipe has nothing to do."""
-    model = build(name, size=size, depth=depth)
-    planned = rhino.plan(
-        model.train_step,
-        model.state_shapes,
-        model.batch_shapes,
-        cluster=cluster,
-        mesh=MESHES.get(cluster),
-        recipe=recipe,
-    )
-    plan, traced = planned.plan, planned.traced
-    if not applies(RECIPES[recipe], subject_of(traced), plan.mesh):
-        return None
-    began = time.perf_counter()
-    predicted = predict(
-        traced.program,
-        plan.assignment,
-        plan.mesh,
-        parse_cluster(cluster),
-        rule_of,
-        tuple(traced.donated),
-    )
-    spent = time.perf_counter() - began
-    facts = planned.compile_only()
-    return Cell(name, recipe, cluster, depth, predicted, facts, spent)
+@dataclass(frozen=True)
+class Predicted:
+    """A case's plan and what is predicted of it."""
+
+    case: Case
+    planned: Planned = field(repr=False)
+    prediction: Prediction = field(repr=False)
 
 
-def row(found: Cell) -> tuple[str, ...]:
-    """One line of the table in words."""
-    head = (found.name, found.recipe, found.cluster, str(found.depth))
-    if not found.facts.ok or found.facts.memory is None:
-        return (*head, f"{found.facts.outcome}: {found.facts.message[:80]}")
-    top, memory = found.predicted.memory, found.facts.memory
-    named = ", ".join(f"{what} {n / MIB:.0f}" for what, n in top.at_peak[:3])
-    counted = found.facts.flops_once
-    return (
-        *head,
-        f"{top.peak_bytes / MIB:.1f}",
-        f"{found.compiled_bytes / MIB:.1f}",
-        f"{found.ratio:.3f}",
-        f"{top.temp_bytes / MIB:.0f} / {memory.temp_bytes / MIB:.0f}",
-        f"{found.predicted.flops / counted:.3f}" if counted else "",
-        f"{top.where} ({named})",
-    )
+def cases(
+    models: tuple[str, ...],
+    clusters: tuple[str, ...],
+    kinds: tuple[str, ...],
+    full_depth: bool = False,
+) -> Iterator[Case]:
+    """The grid, the quickly compiled first."""
+    for cluster in clusters:
+        depth = DEPTHS[cluster.partition(":")[0]]
+        for kind in kinds:
+            for model in models:
+                whole = full_depth or model in SCANNED
+                yield Case(model, cluster, kind, 0 if whole else depth)
 
 
-HEAD = (
-    *("model", "recipe", "cluster", "depth", "predicted, MiB", "compiled, MiB"),
-    *("ratio", "temporaries", "flops", "at"),
-)
+def model_of(case: Case) -> tuple[Model, dict[str, jax.ShapeDtypeStruct]]:
+    """The case's model, and the shapes of a batch that fills its cluster."""
+    model = build(case.model, "large", depth=case.depth or None, dtype="bfloat16")
+    times = round(BATCHES[case.model] * SCALE[case.cluster])
+    shapes = {
+        name: jax.ShapeDtypeStruct((times * leaf.shape[0], *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in model.batch_shapes.items()
+    }
+    return model, shapes
 
 
-@click.command()
-@click.option("--models", default=",".join(NAMES), show_default=True)
-@click.option("--recipes", default=",".join(RECIPES), show_default=True)
-@click.option("--clusters", default="h100:2x8", show_default=True)
-@click.option("--size", default="medium", show_default=True)
-@click.option("--depths", default="2,4", show_default=True)
-@click.option("--cells", default=0, help="Stop after this many; 0 is all.")
-def main(
-    models: str, recipes: str, clusters: str, size: str, depths: str, cells: int
-) -> None:
-    """Compile every cell, one after the other, and print the table.
+def predicted(case: Case) -> Predicted:
+    """Plan a case and predict it.
 
-    The compiler's count of arithmetic takes loop bodies once and all ops; ours takes
-    loops in full and products alone: compare the unrolled models.
+    Raises:
+        RhinoError: the plan that is asked for can not be.
     """
-    console = Console(width=170)
-    table = Table(*HEAD)
-    errors: list[float] = []
-    grid = (
-        (name, recipe, cluster, int(depth))
-        for cluster in clusters.split(",")
-        for depth in depths.split(",")
-        for name in models.split(",")
-        for recipe in recipes.split(",")
-    )
-    for name, recipe, cluster, depth in grid:
-        if cells and table.row_count >= cells:
-            break
-        found = cell(name, recipe, cluster, size, depth)
-        if found is None:
-            continue
-        table.add_row(*row(found))
-        console.print(*row(found))
-        if found.facts.ok and found.facts.memory:
-            errors.append(abs(found.ratio - 1))
-    console.print(table)
-    if errors:
-        close = sum(error <= CLOSE for error in errors)
-        console.print(
-            f"{len(errors)} cells: median error {statistics.median(errors):.1%}, "
-            f"largest {max(errors):.1%}, {close} within {CLOSE:.0%}"
+    model, batch = model_of(case)
+
+    def planned(**options: Any) -> Planned:
+        given = {**KINDS[case.kind], **options}
+        return rhino.plan(
+            model.train_step, model.state_shapes, batch, cluster=case.cluster, **given
         )
 
-
-if __name__ == "__main__":
-    main()
+    found = planned()
+    if case.kind == "tight":
+        limit = int(TIGHT * found.prediction().peak_bytes)
+        found = planned(memory_limit_bytes=limit)
+    return Predicted(case, found, found.prediction())

@@ -35,8 +35,8 @@ BELOW_API = {
     "lower": "errors options ir rules plan compat schedule",
     "verify": "errors plan ir compat cluster cost",
     "runtime": "errors options ir plan compat lower schedule",
-    "report": "errors plan ir cost search schedule",
     "profiling": "errors ir cluster compat verify",
+    "report": "errors plan ir cost search schedule verify",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
     "api": {*BELOW_API},

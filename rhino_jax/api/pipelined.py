@@ -26,7 +26,6 @@ from rhino_jax.runtime.controller import Controller, lowered
 from rhino_jax.runtime.tasks import TaskGraph
 from rhino_jax.schedule import Schedule, make_schedule
 from rhino_jax.search.staging import SPLIT, Divided
-from rhino_jax.verify.audit import Audit
 from rhino_jax.verify.facts import CompiledFacts
 
 
@@ -211,10 +210,6 @@ class PipelinePlanned(Planned):
             "programs. planned.lower() gives each, to compile alone; to verify the "
             "plan of one stage's mesh, plan without pipeline_stages"
         )
-
-    def verify(self, target: str = "") -> Audit:
-        self.compile_only(target)
-        raise AssertionError
 
 
 def worker_meshes(jax_mesh: Any) -> tuple[Any, ...]:

@@ -12,8 +12,10 @@ import jax
 
 from rhino_jax.api.activations import activations
 from rhino_jax.api.passing import Passing
+from rhino_jax.api.verified import Verified
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster, linked, part
+from rhino_jax.cost.model import Prediction, predict
 from rhino_jax.errors import MeshError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.lower.devices import device_mesh
@@ -21,16 +23,18 @@ from rhino_jax.lower.program import SignatureChanged, as_function, jit_step
 from rhino_jax.lower.program import shardings as named_shardings
 from rhino_jax.plan import Plan, Predicted
 from rhino_jax.report.text import explanation_text, plan_text
+from rhino_jax.rules import rule_of
 from rhino_jax.search.explain import explain
 from rhino_jax.search.pins import position_of
 from rhino_jax.search.planner import Request
 from rhino_jax.search.prices import ClusterPrices
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import Traced
-from rhino_jax.verify.audit import Audit, PlannedCollective, audit
+from rhino_jax.verify.audit import PlannedCollective
 from rhino_jax.verify.compile_only import compile_lowered
 from rhino_jax.verify.facts import CompiledFacts
 from rhino_jax.verify.targets import parse_target
+from rhino_jax.verify.witness import audited
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ class Planned:
         Raises:
             ClusterError, VerifyError: an unknown target, or no compiler for it here.
         """
-        aim = target or self.plan.cluster or f"cpu:{self.plan.mesh.num_devices}"
+        aim = self.target(target)
         platform = parse_target(aim).platform
         lowered = self.lower(platform)
         return compile_lowered(lowered, aim, self.plan.mesh.num_devices, **options)
@@ -244,10 +248,53 @@ class Planned:
             for c in self.plan.collectives
         )
 
-    def verify(self, target: str = "") -> Audit:
-        """The plan's collectives against those of the compiled program."""
-        facts = self.compile_only(target)
-        return audit(self.planned_collectives(), facts, self.plan.mesh.shape)
+    def prediction(self, target: str = "") -> Prediction:
+        """What the prices say of this plan, recipes' too.
+
+        Raises:
+            ClusterError: an unknown ``target``.
+        """
+        cluster = self.cluster
+        if cluster is None or target:
+            cluster = parse_cluster(self.target(target))
+        plan, traced = self.plan, self.traced
+        donated = tuple(traced.donated)
+        return predict(
+            traced.program, plan.assignment, plan.mesh, cluster, rule_of, donated
+        )
+
+    def target(self, target: str = "") -> str:
+        """What to compile for: asked for, the plan's cluster, or as many CPUs."""
+        return target or self.plan.cluster or f"cpu:{self.plan.mesh.num_devices}"
+
+    def verify(self, target: str = "", **options: Any) -> Verified:
+        """What the real compiler makes of the step, beside what was predicted.
+
+        Wire bytes by mesh axis, collectives that nobody planned, peak memory and what
+        stands there, arithmetic, and the compiler's own time. A compiler that refuses,
+        dies or runs out of time is told of in the result.
+
+        Args:
+            target: as :meth:`compile_only` takes it.
+            options: ``timeout_seconds``, ``cache_dir`` (where facts are kept).
+
+        Raises:
+            ClusterError, VerifyError: an unknown target, or no compiler for it here
+                (which extra to install).
+        """
+        aim = self.target(target)
+        facts = self.compile_only(aim, priced=True, **options)
+        prediction = self.prediction(target)
+        one = self.plan.predicted
+        return Verified(
+            facts,
+            prediction,
+            audited(facts, self.planned_collectives(), self.plan.mesh.shape),
+            one.limit_bytes if one and not target else prediction.device_bytes,
+            str(self.plan.mesh),
+            self.planned_collectives(),
+            tuple(self.plan.mesh.shape.items()),
+        )
 
 
 def wire_dtype(dtype: str) -> str:

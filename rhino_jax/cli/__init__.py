@@ -7,6 +7,7 @@ import click
 from rhino_jax.cli.demo import demo
 from rhino_jax.cli.launch import launch
 from rhino_jax.cli.profile import profile
+from rhino_jax.cli.verify import verify
 from rhino_jax.errors import RhinoError
 
 
@@ -28,3 +29,4 @@ def main() -> None:
 main.add_command(demo)
 main.add_command(launch)
 main.add_command(profile)
+main.add_command(verify)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
+from rhino_jax.cost.habits import PLAIN, Habits
 from rhino_jax.cost.instructions import (
     ACCUMULATE,
     BARRIER,
@@ -34,7 +36,8 @@ from rhino_jax.cost.instructions import (
     role_of,
     updates,
 )
-from rhino_jax.cost.reshard import local_bytes
+from rhino_jax.cost.simplify import simplified
+from rhino_jax.cost.tiles import Size
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
@@ -61,20 +64,21 @@ def unfold(
     mesh: Mesh,
     rule_of: RuleOf,
     donated: tuple[int, ...] = (),
+    habits: Habits = PLAIN,
 ) -> Unfolded:
     """``program`` as one device carries it out. Linear in ops and moves.
 
     ``donated`` are positions of inputs whose memory an output of the same shape, dtype
     and layout takes over.
     """
-    work = _Unfolding(assignment.over(mesh), rule_of)
+    work = _Unfolding(assignment.over(mesh), rule_of, habits)
     frame = work.enter(program, assignment)
     inputs = tuple(
         frame.put(v, layout)
         for v, layout in zip(program.inputs, assignment.inputs, strict=True)
     )
     outputs = work.run(frame, assignment)
-    return Unfolded(
+    plain = Unfolded(
         tuple(work.buffers),
         tuple(work.instructions),
         inputs,
@@ -82,6 +86,7 @@ def unfold(
         _donations(program, assignment, donated),
         tuple(work.pinned),
     )
+    return simplified(plain, habits)
 
 
 def _donations(
@@ -130,21 +135,31 @@ class _Frame:
 class _Unfolding:
     mesh: Mesh
     rule_of: RuleOf
+    habits: Habits
     buffers: list[Buffer] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
     pinned: dict[int, None] = field(default_factory=dict)
+    windows: frozenset[tuple[int, ...]] = frozenset()
+    """Shapes of what convolutions read and write."""
     outer: int | None = None
     """The op of the outermost Program that a remat body belongs to."""
 
     def enter(self, program: Program, assignment: Assignment) -> _Frame:
         assert len(program.ops) == len(assignment.ops), "an assignment of other ops"
+        self.windows |= _window_shapes(program)
         return _Frame(self, program)
 
     def new(self, program: Program, value: int, layout: Layout) -> int:
         v = program.values[value]
-        size = local_bytes(v.shape, v.dtype, layout, self.mesh)
+        size = self.size(v.shape, v.dtype, layout)
         self.buffers.append(Buffer(value, size, v.name or f"%{value} {v}"))
         return len(self.buffers) - 1
+
+    def size(self, shape: tuple[int, ...], dtype: str, layout: Layout) -> int:
+        of_window = shape in self.windows
+        return _stored_bytes(
+            shape, dtype, layout, self.mesh, self.habits.size, of_window
+        )
 
     def constant(self, program: Program, value: int) -> int:
         self.buffers.append(Buffer(value, 0, str(program.values[value])))
@@ -231,9 +246,9 @@ class _Unfolding:
         value = program.values[move.value]
         if move.source.operator(TIME):
             dtype = accumulator_dtype(value)
-            size = local_bytes(value.shape, dtype, move.source, self.mesh)
+            size = self.size(value.shape, dtype, move.source)
         else:
-            size = trips * local_bytes(value.shape, value.dtype, move.source, self.mesh)
+            size = trips * self.size(value.shape, value.dtype, move.source)
         self.buffers.append(Buffer(move.value, size, value.name or f"%{move.value}"))
         return len(self.buffers) - 1
 
@@ -347,7 +362,7 @@ class _Unfolding:
     def body(self, op: Op, number: int, assignment: Assignment) -> Unfolded:
         """A body of a loop or branch, in buffers of its own."""
         program = op.programs[number]
-        work = _Unfolding(self.mesh, self.rule_of)
+        work = _Unfolding(self.mesh, self.rule_of, self.habits)
         frame = work.enter(program, assignment)
         inputs = tuple(
             frame.put(v, layout)
@@ -368,7 +383,7 @@ class _Unfolding:
         if op.kind == "scan":
             kept = op.param["num_carry"]
         instructions = _with_stores(work.instructions, outputs[kept:], program)
-        return Unfolded(
+        plain = Unfolded(
             tuple(work.buffers),
             instructions,
             inputs,
@@ -376,6 +391,30 @@ class _Unfolding:
             same,
             tuple(work.pinned),
         )
+        return simplified(plain, self.habits)
+
+
+@lru_cache(maxsize=200_000)
+def _stored_bytes(
+    shape: tuple[int, ...],
+    dtype: str,
+    layout: Layout,
+    mesh: Mesh,
+    size: Size,
+    of_window: bool,
+) -> int:
+    """Bytes of one shard as it is laid out, pads included."""
+    return size(layout.local_shape(shape, mesh), itemsize(dtype), of_window)
+
+
+def _window_shapes(program: Program) -> frozenset[tuple[int, ...]]:
+    """Shapes of what convolutions read and write."""
+    return frozenset(
+        value.shape
+        for op in program.ops
+        if op.kind == "conv_general_dilated"
+        for value in (*program.operand_values(op), *program.result_values(op))
+    )
 
 
 def accumulator_dtype(value: Value) -> str:
@@ -400,7 +439,7 @@ def _turn(
     Its inputs are those versions, then the accumulators; these are its outputs too.
     """
     program = frame.program
-    work = _Unfolding(outer.mesh, outer.rule_of)
+    work = _Unfolding(outer.mesh, outer.rule_of, outer.habits)
     inside = work.enter(program, assignment)
     given = [(v, layout) for v, held in frame.versions.items() for layout in held]
     inputs = [inside.put(v, layout) for v, layout in given]
@@ -435,7 +474,7 @@ def _turn(
         same,
         tuple(work.pinned),
     )
-    return body, given
+    return simplified(body, work.habits), given
 
 
 def _renames(program: Program, op: Op) -> bool:

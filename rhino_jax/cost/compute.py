@@ -30,6 +30,7 @@ from rhino_jax.cluster.kernels import (
 from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cost.buffers import Instruction, Unfolded
 from rhino_jax.cost.fusion import Fusion, fusion
+from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.cost.traffic import traffic, whole_bytes
 from rhino_jax.ir.factors import Choice, Rule, layouts
@@ -181,7 +182,10 @@ def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Wo
     moved = traffic(unfolded, fused)
     for instruction, num_bytes in zip(unfolded.instructions, moved, strict=True):
         if instruction.bodies:
-            inner = [work_of(b, fusion(b), mesh, device) for b in instruction.bodies]
+            habits = HABITS[device.platform]
+            inner = [
+                work_of(b, fusion(b, habits), mesh, device) for b in instruction.bodies
+            ]
             if instruction.kind == "cond":
                 inner = [max(inner, key=lambda work: (work.seconds, work.flops))]
             for work in inner:

@@ -9,7 +9,10 @@ The rule used here, for a buffer that a *fused* instruction makes:
    (:data:`AGAIN`). Written, it costs a write and a read by each reader but the first,
    who finds it where it is made; not written, each of these reads again what it is
    made of;
-4. several read it, and it is dear to make (:data:`DEAR`): it is written.
+4. several read it, and it is dear to make (``habits.dear``): it is written.
+
+On a TPU a product or convolution counts as a fused reader (``habits.products_fuse``):
+it makes what it reads as it goes.
 
 What is not written is made again where it is read, so what *it* is made of must still
 be there: a saved ``gelu(x)`` that is never written keeps ``x`` instead.
@@ -28,10 +31,10 @@ from rhino_jax.cost.buffers import (
     Instruction,
     Unfolded,
 )
+from rhino_jax.cost.habits import PLAIN, Habits
+from rhino_jax.cost.instructions import PRODUCTS
 
 AGAIN = 1.05
-DEAR = frozenset("tanh erf erfc erf_inv logistic pow".split())
-"""``exp`` is not among them: a softmax is one kernel."""
 MOST_SOURCES = 24
 """A fusion that would read more buffers than this is cut."""
 
@@ -51,13 +54,17 @@ class Fusion:
     reduced: Mapping[int, frozenset[int]]
 
 
-def fusion(unfolded: Unfolded) -> Fusion:
+def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
     """The rule above, over all buffers. Linear in the instructions."""
     count = len(unfolded.buffers)
     size = [buffer.num_bytes for buffer in unfolded.buffers]
     demanded = [False] * count
+    multiplied: set[int] = set()
     for instruction in unfolded.instructions:
-        if instruction.role == OPAQUE:
+        fuses = habits.products_fuse and instruction.kind in PRODUCTS
+        if fuses:
+            multiplied.update(instruction.reads)
+        elif instruction.role == OPAQUE:
             for buffer in instruction.reads:
                 demanded[buffer] = True
     for buffer in (*unfolded.inputs, *unfolded.outputs, *unfolded.pinned):
@@ -75,10 +82,12 @@ def fusion(unfolded: Unfolded) -> Fusion:
             found = sources_of(instruction, sources, size[made])
             readers = len(unfolded.readers[made])
             again = sum(found.values()) * (readers - 1)
+            # A product does not find it where it is made: every one reads it.
+            others = readers - 1 if made in multiplied else readers
             if demanded[made] or len(found) > MOST_SOURCES:
                 continue
-            dear = instruction.kind in DEAR
-            if readers <= 1 or (not dear and again <= AGAIN * size[made] * readers):
+            dear = instruction.kind in habits.dear
+            if readers <= 1 or (not dear and again <= AGAIN * size[made] * others):
                 written[made] = False
                 sources[made] = found
     return Fusion(tuple(written), tuple(sources), reduced)

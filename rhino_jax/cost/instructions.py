@@ -23,12 +23,18 @@ one swallows what it reads but writes its result; an *opaque* one reads and writ
 RENAMING = frozenset(("reshape", "squeeze", "transpose", "expand_dims", "copy_p"))
 RESIZING = frozenset(("broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min"))
 """These rename too where they neither add nor drop anything but dimensions of 1."""
+ADDS = frozenset(("add", "add_any"))
 BARRIER = "optimization_barrier"
 REMATERIALIZE = "rematerialize"
 STORE, TAKE = "store", "take"
 """A body's slice written to a stacked output, and read from a stacked input."""
 ACCUMULATE = "accumulate"
 """The loop over microbatches; its body's ops are ops of the Program itself."""
+
+PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot"))
+
+PLACES = "places_of_maxima"
+"""Where in its window each maximum of a pooling stands (see ``cost/simplify.py``)."""
 
 ROLES: Mapping[str, str] = {
     **dict.fromkeys((SLICE, MASK, EMBED, STORE, TAKE), FUSED),
@@ -44,7 +50,7 @@ ROLES: Mapping[str, str] = {
         "rng_bit_generator rng_uniform".split(),
         OPAQUE,
     ),
-    **dict.fromkeys(("dot_general", "conv_general_dilated", "ragged_dot"), OPAQUE),
+    **dict.fromkeys(PRODUCTS, OPAQUE),
 }
 PARTIAL_READERS = frozenset(
     (SLICE, TAKE, "slice", "gather", "dynamic_slice", "split", "unstack")
@@ -116,6 +122,15 @@ class Unfolded:
             for buffer in dict.fromkeys(instruction.reads):
                 found[buffer].append(index)
         return tuple(map(tuple, found))
+
+    @cached_property
+    def writer(self) -> tuple[int, ...]:
+        """Buffer -> the instruction that writes it; -1 for inputs and constants."""
+        found = [-1] * len(self.buffers)
+        for index, instruction in enumerate(self.instructions):
+            for buffer in instruction.writes:
+                found[buffer] = index
+        return tuple(found)
 
 
 def updates(kind: str) -> bool:

@@ -10,13 +10,14 @@ and the carries of a loop. What a body holds at most stands beside its loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from rhino_jax.cost.buffers import FUSED, Instruction, RuleOf, Unfolded, unfold
 from rhino_jax.cost.fusion import Fusion, fusion
-from rhino_jax.cost.order import combined_at, products_at
+from rhino_jax.cost.habits import PLAIN, Habits
+from rhino_jax.cost.order import combined_at, kept_at_end, products_at
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program, Where
@@ -25,31 +26,6 @@ BEFORE = -1
 _NAMED = 8
 MIB = 2**20
 
-
-@dataclass(frozen=True)
-class Habits:
-    """What a compiler does with memory beside the plan.
-
-    Attributes:
-        workspace_bytes: scratch memory of a library's matrix product while it runs.
-        combine_bytes: collectives are combined up to this size; 0 is never.
-        late_products: a product that is only added runs where it is added.
-    """
-
-    workspace_bytes: int = 0
-    combine_bytes: int = 0
-    late_products: bool = False
-
-
-HABITS: Mapping[str, Habits] = {
-    # cuBLAS on Hopper asks for 32 MiB (XLA's s8[33554432]); the thresholds are the
-    # defaults of xla_gpu_*_combine_threshold_bytes.
-    "cuda": Habits(32 * MIB, 30 * MIB, True),
-    "rocm": Habits(32 * MIB, 30 * MIB, True),  # assumed as of CUDA: not observed
-    "tpu": Habits(),
-    "cpu": Habits(),
-}
-"""By platform, as observed in programs compiled for it."""
 
 WORKSPACE = frozenset(("dot_general",))
 
@@ -83,7 +59,7 @@ def memory(
     mesh: Mesh,
     rule_of: RuleOf,
     donated: tuple[int, ...] = (),
-    habits: Habits = Habits(),
+    habits: Habits = PLAIN,
 ) -> Memory:
     """Peak bytes of ``program`` under ``assignment``, near linear in its ops.
 
@@ -91,11 +67,11 @@ def memory(
         donated: positions of inputs whose memory outputs may take over.
         habits: what the compiler adds (:data:`HABITS`).
     """
-    unfolded = unfold(program, assignment, mesh, rule_of, donated)
-    return memory_of(unfolded, fusion(unfolded), habits)
+    unfolded = unfold(program, assignment, mesh, rule_of, donated, habits)
+    return memory_of(unfolded, fusion(unfolded, habits), habits)
 
 
-def memory_of(unfolded: Unfolded, fused: Fusion, habits: Habits = Habits()) -> Memory:
+def memory_of(unfolded: Unfolded, fused: Fusion, habits: Habits = PLAIN) -> Memory:
     """:func:`memory` of what was unfolded already."""
     held = Held(unfolded, fused, habits)
     inputs = sum(unfolded.buffers[b].num_bytes for b in set(unfolded.inputs))
@@ -126,11 +102,15 @@ class Held:
         self.unfolded = unfolded
         self.fused = fused
         self.born, self.dies = _lifetimes(unfolded, fused, habits)
-        self.inside = {
-            i: max(_body_peak(body, habits) for body in instruction.bodies)
-            for i, instruction in enumerate(unfolded.instructions)
-            if instruction.bodies
+        self.within = {
+            i: max(
+                (Held(body, fusion(body, habits), habits) for body in one.bodies),
+                key=lambda body: body.peak_bytes,
+            )
+            for i, one in enumerate(unfolded.instructions)
+            if one.bodies
         }
+        self.inside = {i: body.peak_bytes for i, body in self.within.items()}
         for i, instruction in enumerate(unfolded.instructions):
             if instruction.kind in WORKSPACE and habits.workspace_bytes:
                 self.inside[i] = habits.workspace_bytes
@@ -143,20 +123,29 @@ class Held:
         *held, _ = accumulate(change)
         self.bytes_at = [held[i] + self.inside.get(i, 0) for i in range(end)]
 
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.bytes_at, default=0)
+
     def named(self, spot: int) -> Iterator[tuple[str, int]]:
-        """The largest buffers held during one instruction."""
-        live = [b for b, birth in self.born.items() if birth <= spot <= self.dies[b]]
-        buffers = self.unfolded.buffers
-        named = [(buffers[b].name, buffers[b].num_bytes) for b in live]
-        if self.inside.get(spot):
-            kind = self.unfolded.instructions[spot].kind
-            named.append((f"inside {kind}", self.inside[spot]))
-        yield from sorted(named, key=lambda pair: (-pair[1], pair[0]))[:_NAMED]
+        """The largest buffers held during one instruction, in its bodies too."""
+        yield from sorted(self._named(spot), key=lambda pair: (-pair[1], pair[0]))[
+            :_NAMED
+        ]
 
-
-def _body_peak(body: Unfolded, habits: Habits) -> int:
-    """The bytes that a body holds at most beside what its loop holds."""
-    return max(Held(body, fusion(body), habits).bytes_at, default=0)
+    def _named(self, spot: int) -> Iterator[tuple[str, int]]:
+        instructions = self.unfolded.instructions
+        for buffer, birth in self.born.items():
+            if birth <= spot <= self.dies[buffer]:
+                held = self.unfolded.buffers[buffer]
+                where = instructions[birth].where if birth >= 0 else Where()
+                place = f" of {where}" if held.name.startswith("%") and where else ""
+                yield held.name + place, held.num_bytes
+        if spot in self.within:
+            body = self.within[spot]
+            yield from body._named(body.bytes_at.index(body.peak_bytes))
+        elif self.inside.get(spot):
+            yield f"workspace of {instructions[spot].kind}", self.inside[spot]
 
 
 def _lifetimes(
@@ -171,6 +160,8 @@ def _lifetimes(
     reads = [_real_reads(x, fused) for x in unfolded.instructions]
     runs = combined_at(unfolded, reads, habits.combine_bytes)
     late = products_at(unfolded) if habits.late_products else {}
+    if habits.stores_last:
+        runs.update(kept_at_end(unfolded))
     runs.update(late)
     born: dict[int, int] = {}
     dies: dict[int, int] = dict.fromkeys(unfolded.inputs, BEFORE)
@@ -193,7 +184,8 @@ def _lifetimes(
         dies[buffer] = last if last > born[buffer] else born[buffer] - 1
     for index in late:  # the sum is written straight away
         (product,) = unfolded.instructions[index].writes
-        dies[product] = born[product] - 1
+        if unfolded.readers[product] == (late[index],):
+            dies[product] = born[product] - 1
     for index, instruction in enumerate(unfolded.instructions):
         if index in runs:  # a combined collective copies
             continue

@@ -10,7 +10,8 @@ from rhino_jax.cost.buffers import ACCUMULATE, RuleOf, Unfolded, unfold
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import work_of
 from rhino_jax.cost.fusion import fusion
-from rhino_jax.cost.memory import HABITS, Memory, memory_of
+from rhino_jax.cost.habits import HABITS
+from rhino_jax.cost.memory import Memory, memory_of
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
@@ -87,8 +88,9 @@ def predict(
         donated: positions of inputs whose memory outputs may take over.
     """
     mesh = assignment.over(mesh)
-    unfolded = unfold(program, assignment, mesh, rule_of, donated)
-    fused = fusion(unfolded)
+    habits = HABITS[cluster.device.platform]
+    unfolded = unfold(program, assignment, mesh, rule_of, donated, habits)
+    fused = fusion(unfolded, habits)
     work = work_of(unfolded, fused, mesh, cluster.device)
     priced = tuple(_collectives(unfolded, mesh, cluster, 1, None))
     comm_seconds = sum(one.total_seconds for one in priced)
@@ -99,7 +101,7 @@ def predict(
         work.flops,
         work.num_bytes,
         sum(one.wire_bytes * one.count for one in priced),
-        memory_of(unfolded, fused, HABITS[cluster.device.platform]),
+        memory_of(unfolded, fused, habits),
         cluster.device.memory_bytes,
         priced,
     )

@@ -11,6 +11,8 @@ began (all then run where that stands).
 **Products that add.** A matrix product whose result is only added to something becomes
 one library call that adds (``beta = 1``). It waits for what it is added to: the logits'
 gradient of a tied embedding is kept until the look-up's gradient is there too.
+
+**Products that a loop stores.** They run at the end of its body.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rhino_jax.cost.buffers import Unfolded
+from rhino_jax.cost.instructions import ADDS, STORE, Instruction
 from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 
-ADDS = frozenset(("add", "add_any"))
+CONVERTS = frozenset(("convert_element_type",))
 COMBINED = frozenset((ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER))
 
 
@@ -40,7 +43,7 @@ def combined_at(
         reads: for each instruction the real buffers that it needs.
         threshold_bytes: the most a group's results may have; 0 combines nothing.
     """
-    first_read, ready = _first_reads(unfolded, reads), _ready(unfolded)
+    first_read, ready = _first_reads(unfolded, reads), unfolded.writer
     open_groups: dict[tuple[object, ...], _Group] = {}
     found: dict[int, int] = {}
     for index, instruction in enumerate(unfolded.instructions):
@@ -67,37 +70,64 @@ def combined_at(
 
 
 def products_at(unfolded: Unfolded) -> dict[int, int]:
-    """Product -> the addition that it becomes part of."""
-    ready = _ready(unfolded)
+    """Product -> the addition that it becomes part of, or waits for.
+
+    Between the two there may be conversions that nothing else reads.
+    """
+    ready = unfolded.writer
     found = {}
     for index, instruction in enumerate(unfolded.instructions):
         if instruction.kind != "dot_general":
             continue
         (made,) = instruction.writes
-        readers = unfolded.readers[made]
-        if len(readers) != 1 or unfolded.instructions[readers[0]].kind not in ADDS:
+        reader = _only_reader(unfolded, made)
+        while reader is not None and unfolded.instructions[reader].kind in CONVERTS:
+            (made,) = unfolded.instructions[reader].writes
+            reader = _only_reader(unfolded, made)
+        if reader is None or unfolded.instructions[reader].kind not in ADDS:
             continue
-        others = [b for b in unfolded.instructions[readers[0]].reads if b != made]
+        others = [b for b in unfolded.instructions[reader].reads if b != made]
         size = unfolded.buffers[made].num_bytes
         if any(
             ready[b] > index and unfolded.buffers[b].num_bytes == size for b in others
         ):
-            found[index] = readers[0]
+            found[index] = reader
     return found
+
+
+def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
+    """Products of a loop's body that are only stored -> the end of the body.
+
+    The gradients of weights: nothing in the body waits for them, so schedulers put
+    them last, with the conversions and reductions between product and store.
+    """
+    end = len(unfolded.instructions) - 1
+    found: dict[int, int] = {}
+    for index, instruction in enumerate(unfolded.instructions):
+        if instruction.kind != "dot_general":
+            continue
+        chain, reader = [index], _only_reader(unfolded, instruction.writes[0])
+        while reader is not None and _passes_on(unfolded.instructions[reader]):
+            chain.append(reader)
+            (made,) = unfolded.instructions[reader].writes
+            reader = _only_reader(unfolded, made)
+        if reader is not None and unfolded.instructions[reader].kind == STORE:
+            found.update(dict.fromkeys((*chain, reader), end))
+    return found
+
+
+def _passes_on(instruction: Instruction) -> bool:
+    return instruction.kind in CONVERTS or instruction.kind in COMBINED
+
+
+def _only_reader(unfolded: Unfolded, buffer: int) -> int | None:
+    readers = unfolded.readers[buffer]
+    return readers[0] if len(readers) == 1 else None
 
 
 def _first_reads(unfolded: Unfolded, reads: list[tuple[int, ...]]) -> list[int]:
     found = [len(unfolded.instructions)] * len(unfolded.buffers)
     for index in reversed(range(len(reads))):
         for buffer in reads[index]:
-            found[buffer] = index
-    return found
-
-
-def _ready(unfolded: Unfolded) -> list[int]:
-    """Where each buffer is made; -1 for inputs."""
-    found = [-1] * len(unfolded.buffers)
-    for index, instruction in enumerate(unfolded.instructions):
-        for buffer in instruction.writes:
             found[buffer] = index
     return found

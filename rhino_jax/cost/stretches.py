@@ -20,7 +20,8 @@ from rhino_jax.cost.buffers import (
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import instruction_work
 from rhino_jax.cost.fusion import Fusion, fusion
-from rhino_jax.cost.memory import HABITS, Held
+from rhino_jax.cost.habits import HABITS
+from rhino_jax.cost.memory import Held
 from rhino_jax.cost.traffic import traffic
 from rhino_jax.ir.analysis.segments import Segment
 from rhino_jax.ir.assignment import Assignment
@@ -58,9 +59,10 @@ def stretches(
     segments: Sequence[Segment],
 ) -> tuple[Stretch, ...]:
     """What each of ``segments``, in their order, costs under a plan."""
-    unfolded = unfold(program, assignment, mesh, rule_of, donated)
-    fused = fusion(unfolded)
-    held = Held(unfolded, fused, HABITS[cluster.device.platform])
+    habits = HABITS[cluster.device.platform]
+    unfolded = unfold(program, assignment, mesh, rule_of, donated, habits)
+    fused = fusion(unfolded, habits)
+    held = Held(unfolded, fused, habits)
     forward = {op: s.index for s in segments for op in s.forward}
     backward = {op: s.index for s in segments for op in s.backward}
     at = [x.index for x in unfolded.instructions]
@@ -116,12 +118,13 @@ def op_seconds(
     What is behind the last op counts under the number of ops.
     """
     wide = assignment.over(mesh)
-    unfolded = unfold(program, assignment, mesh, rule_of)
+    habits = HABITS[cluster.device.platform]
+    unfolded = unfold(program, assignment, mesh, rule_of, (), habits)
     loops = [one for one in unfolded.instructions if one.kind == ACCUMULATE]
     parts = [(unfolded, 1), *((body, x.trips) for x in loops for body in x.bodies)]
     found: dict[int, float] = {}
     for part, trips in parts:
-        moved = traffic(part, fusion(part))
+        moved = traffic(part, fusion(part, habits))
         for one, num_bytes in zip(part.instructions, moved, strict=True):
             if one.kind != ACCUMULATE:
                 spent = trips * _seconds(one, num_bytes, wide, cluster)
@@ -144,7 +147,11 @@ def _op_seconds(
 def _seconds(one: Instruction, num_bytes: int, mesh: Mesh, cluster: Cluster) -> float:
     if one.bodies:
         return one.trips * sum(
-            sum(_op_seconds(body, fusion(body), mesh, cluster).values())
+            sum(
+                _op_seconds(
+                    body, fusion(body, HABITS[cluster.device.platform]), mesh, cluster
+                ).values()
+            )
             for body in one.bodies
         )
     if one.step and one.step.wire_bytes:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from rhino_jax.cost.buffers import FUSED, REDUCING, Instruction, Unfolded
 from rhino_jax.cost.fusion import Fusion, sources_of
-from rhino_jax.cost.instructions import PARTIAL_READERS, updates
+from rhino_jax.cost.instructions import PARTIAL_READERS, PRODUCTS, updates
 
 LOOP, ROWS = "loop", "rows"
 
@@ -52,13 +52,21 @@ class _Passes:
             return 0
         if at.role not in (FUSED, REDUCING) or updates(at.kind):
             self.put(at, 1 + self.latest(at))
-            reads = [self.size[b] if self.fused.written[b] else 0 for b in at.reads]
+            reads = [self.read(at, b) for b in at.reads]
             made = sum(self.size[b] for b in at.writes)
             return whole_bytes(at.kind, reads, [self.size[b] for b in written], made)
         if at.writes and not written:
             self.put(at, self.latest(at), self.lane_of(at))
             return 0
         return self.kernel(at) + sum(self.size[b] for b in written)
+
+    def read(self, at: Instruction, buffer: int) -> int:
+        """What an op of its own reads of an operand: nothing where that was a fused
+        update; what it is made of where a product makes it as it goes."""
+        if self.fused.written[buffer]:
+            return self.size[buffer]
+        sources = self.fused.sources[buffer]
+        return sum(sources.values()) if at.kind in PRODUCTS else 0
 
     def kernel(self, at: Instruction) -> int:
         """What a kernel of its own reads that its pass has not read before."""

@@ -34,6 +34,7 @@ from rhino_jax.verify.facts import (
     Outcome,
     out_of_memory,
 )
+from rhino_jax.verify.hlo_time import GPU_OPTIONS
 from rhino_jax.verify.targets import Target, parse_target
 
 Option = str | bool | int | float
@@ -131,10 +132,13 @@ def compile_lowered(
     target: str,
     num_devices: int,
     *,
-    cache_dir: Path | None = DEFAULT_CACHE,
-    timeout_seconds: float = 600.0,
+    priced: bool = False,
+    **how: Any,
 ) -> CompiledFacts:
     """``compile_for``, but first the target must have as many devices as the mesh.
+
+    ``priced``: with the compiler's own estimates of time, where it has to be asked.
+    ``how``: the other arguments of :func:`compile_for`.
 
     Raises:
         ClusterError: no such target.
@@ -146,9 +150,9 @@ def compile_lowered(
             f"the mesh has {num_devices} devices and {aim.text} has "
             f"{aim.device_count}; next: a target or a mesh of the same size."
         )
-    return compile_for(
-        program, aim, cache_dir=cache_dir, timeout_seconds=timeout_seconds
-    )
+    if priced and aim.platform == "cuda":
+        how["options"] = {**GPU_OPTIONS, **how.get("options", {})}
+    return compile_for(program, aim, **how)
 
 
 def installed(platform: str) -> bool:
@@ -236,7 +240,14 @@ def _ending(code: int) -> str:
     if code >= 0:
         return f"ended with exit code {code}"
     known = {one.value: one.name for one in signal.Signals}
-    return f"was ended by {known.get(-code, f'signal {-code}')}"
+    ended = f"was ended by {known.get(-code, f'signal {-code}')}"
+    if code == -signal.SIGKILL:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        ended += (
+            f", as where this machine runs out of memory ({free:.1f} GiB are free now);"
+            " next: a smaller model or depth, or a machine with more"
+        )
+    return ended
 
 
 def _failed(outcome: Outcome, log: Path, what: str) -> CompiledFacts:

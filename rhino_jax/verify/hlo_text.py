@@ -157,7 +157,7 @@ def leaves(type_text: str) -> tuple[Leaf, ...]:
     [24, 2]
     """
     return tuple(
-        Leaf(dtype, shape, math.ceil(math.prod(shape) * _bits(dtype) / 8))
+        Leaf(dtype, shape, math.ceil(math.prod(shape) * bits(dtype) / 8))
         for dtype, shape in _shapes(type_text)
     )
 
@@ -168,7 +168,8 @@ def _shapes(type_text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 @functools.cache
-def _bits(dtype: str) -> int:
+def bits(dtype: str) -> int:
+    """Of one element; 0 for what holds none (tokens)."""
     if dtype in _BITS:
         return _BITS[dtype]
     found = re.match(r"[a-z]+(\d+)", dtype)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from rhino_jax.cost.buffers import unfold
 from rhino_jax.cost.fusion import AGAIN, fusion
-from rhino_jax.cost.memory import HABITS, Habits, Memory, memory
+from rhino_jax.cost.habits import HABITS, Habits
+from rhino_jax.cost.memory import Memory, memory
 from rhino_jax.ir.assignment import Assignment, OpPlan
 from rhino_jax.ir.factors import BLOCKED, PARALLEL, Choice, Factor, Rule
 from rhino_jax.ir.layout import Layout, Split

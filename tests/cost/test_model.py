@@ -8,7 +8,8 @@ import pytest
 
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cost.collectives import step_seconds
-from rhino_jax.cost.memory import HABITS, memory
+from rhino_jax.cost.habits import HABITS
+from rhino_jax.cost.memory import memory
 from rhino_jax.cost.model import Prediction, predict
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.plan import collectives

@@ -1,0 +1,59 @@
+"""What compilers do beside the plan, by platform, as observed in what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rhino_jax.cost.tiles import Size, flat_bytes, tiled_bytes
+
+MIB = 2**20
+DEAR = frozenset("tanh erf erfc erf_inv logistic pow".split())
+"""``exp`` is not among them: a softmax is one kernel."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What a compiler does with memory beside the plan.
+
+    Attributes:
+        workspace_bytes: scratch memory of a library's matrix product while it runs.
+        combine_bytes: collectives are combined up to this size; 0 is never.
+        late_products: a product that is only added runs where it is added.
+        stores_last: a product that a loop's body only stores runs at its end.
+        products_fuse: what a product or convolution reads is made while it runs.
+        dear: kinds of ops that are written rather than made twice.
+        scatters_windows: the gradient of a max pooling is a scatter to the places of
+            the maxima, which stand as 32-bit indices.
+        size: bytes of an array, given its shape and dtype.
+    """
+
+    workspace_bytes: int = 0
+    combine_bytes: int = 0
+    late_products: bool = False
+    stores_last: bool = False
+    products_fuse: bool = False
+    dear: frozenset[str] = DEAR
+    scatters_windows: bool = False
+    size: Size = flat_bytes
+
+
+PLAIN = Habits()
+# cuBLAS on Hopper asks for 32 MiB (XLA's s8[33554432]); the thresholds are the
+# defaults of xla_gpu_*_combine_threshold_bytes.
+_GPU = Habits(
+    *(32 * MIB, 30 * MIB),
+    late_products=True,
+    stores_last=True,
+    scatters_windows=True,
+)
+HABITS: Mapping[str, Habits] = {
+    "cuda": _GPU,
+    "rocm": _GPU,  # assumed as of CUDA: not observed
+    # Nothing is dear beside memory traffic: a gelu is made again in every product.
+    "tpu": Habits(
+        late_products=True, products_fuse=True, dear=frozenset(), size=tiled_bytes
+    ),
+    "cpu": PLAIN,
+}
+"""By platform."""

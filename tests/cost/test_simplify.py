@@ -1,0 +1,147 @@
+"""What compilers rewrite first: scatters into sums, places of pooled maxima; tiles."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rhino_jax.cost.buffers import Unfolded, unfold
+from rhino_jax.cost.fusion import fusion
+from rhino_jax.cost.habits import HABITS, Habits
+from rhino_jax.cost.instructions import PLACES
+from rhino_jax.cost.memory import memory
+from rhino_jax.cost.order import kept_at_end
+from rhino_jax.cost.tiles import flat_bytes, tiled_bytes
+from rhino_jax.rules import rule_of
+from tests.cost.plans import ONE, f32, traced_whole
+
+TPU, GPU, CPU = HABITS["tpu"], HABITS["cuda"], HABITS["cpu"]
+
+
+def unfolded_of(habits: Habits, fun: object, *args: object) -> Unfolded:
+    found, assignment = traced_whole(fun, *args)
+    return unfold(found, assignment, ONE, rule_of, (), habits)
+
+
+def kinds(unfolded: Unfolded) -> list[str]:
+    return [one.kind for one in unfolded.instructions]
+
+
+def labelled(x: jax.Array, label: jax.Array) -> jax.Array:
+    """A gradient of a cross entropy: softmax, less one at the label."""
+    probabilities = jnp.exp(x)
+    taken = jnp.zeros_like(x).at[label].add(-1.0)
+    return taken + probabilities
+
+
+def test_a_scatter_into_zeros_that_is_added_changes_the_sum_in_place() -> None:
+    label = jax.ShapeDtypeStruct((4,), jnp.int32)
+    found = unfolded_of(CPU, labelled, f32(256), label)
+    assert not {"add", "add_any"} & {
+        one.kind
+        for one in found.instructions
+        if found.buffers[one.writes[0]].num_bytes == 1024
+    }
+    (scatter,) = [x for x in found.instructions if x.kind == "scatter-add"]
+    ((before, after),) = scatter.overwrites
+    assert found.outputs == (after,)
+    (made,) = [x for x in found.instructions if before in x.writes]
+    assert made.kind == "exp"
+
+
+def test_a_scatter_that_is_read_otherwise_stays() -> None:
+    def kept(x: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        taken = jnp.zeros_like(x).at[label].add(-1.0)
+        return taken + x, taken
+
+    def not_zero(x: jax.Array, label: jax.Array) -> jax.Array:
+        return jnp.ones_like(x).at[label].add(-1.0) + x
+
+    label = jax.ShapeDtypeStruct((4,), jnp.int32)
+    for fun in (kept, not_zero):
+        found = unfolded_of(CPU, fun, f32(256), label)
+        (scatter,) = [x for x in found.instructions if x.kind == "scatter-add"]
+        at = found.instructions.index(scatter)
+        assert "add" in kinds(found)[at + 1 :]
+
+
+def pooled_loss(x: jax.Array) -> jax.Array:
+    window = (1, 2, 2, 1)
+    pooled = jax.lax.reduce_window(
+        jnp.sin(x), -jnp.inf, jax.lax.max, window, window, "VALID"
+    )
+    return jnp.sum(pooled**2)
+
+
+def test_a_gpu_keeps_the_places_of_pooled_maxima() -> None:
+    x = f32(2, 8, 8, 4)
+    gpu = unfolded_of(GPU, jax.grad(pooled_loss), x)
+    (find,) = [one for one in gpu.instructions if one.kind == PLACES]
+    count = 2 * 4 * 4 * 4  # windows
+    # One float32 maximum and four 32-bit coordinates for each window.
+    assert gpu.buffers[find.writes[0]].num_bytes == 4 * count * 5
+    order = kinds(gpu)
+    assert order.index(PLACES) < order.index("select_and_scatter_add")
+    assert PLACES not in kinds(unfolded_of(TPU, jax.grad(pooled_loss), x))
+
+
+def test_a_tpu_makes_what_products_read_as_they_go() -> None:
+    def fun(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = jnp.tanh(x @ w)
+        return h @ w, h.T @ x
+
+    args = (f32(256, 256), f32(256, 256))
+    written = {}
+    for name, habits in (("gpu", GPU), ("tpu", TPU)):
+        found = unfolded_of(habits, fun, *args)
+        (tanh,) = [x for x in found.instructions if x.kind == "tanh"]
+        written[name] = fusion(found, habits).written[tanh.writes[0]]
+    assert written == {"gpu": True, "tpu": False}
+
+
+def test_a_loop_s_stored_products_wait_for_its_end() -> None:
+    def fun(w: jax.Array, xs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def body(c: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jnp.sin(c @ w), x.T @ c
+
+        return jax.lax.scan(body, jnp.ones((64, 64)), xs)
+
+    found = unfolded_of(GPU, fun, f32(64, 64), f32(8, 64, 64))
+    (body,) = next(x.bodies for x in found.instructions if x.bodies)
+    late = kept_at_end(body)
+    assert {body.instructions[i].kind for i in late} == {"dot_general", "store"}
+    assert set(late.values()) == {len(body.instructions) - 1}
+    carried = [
+        i
+        for i, x in enumerate(body.instructions)
+        if x.kind == "dot_general" and i not in late
+    ]
+    assert len(carried) == 1  # the carry's is needed in its place
+
+
+@given(st.lists(st.integers(1, 300), max_size=4), st.sampled_from([1, 2, 4]))
+def test_tiles_hold_the_array_and_waste_less_than_a_tile_a_row(
+    shape: list[int], item_bytes: int
+) -> None:
+    flat = flat_bytes(tuple(shape), item_bytes, False)
+    for of_window in (False, True):
+        assert tiled_bytes(tuple(shape), item_bytes, of_window) >= flat
+    # A convolution may choose among more orders: never worse.
+    free = tiled_bytes(tuple(shape), item_bytes, True)
+    assert free <= tiled_bytes(tuple(shape), item_bytes, False)
+    full = (*(128 * n for n in shape), 128, 128)
+    assert tiled_bytes(full, item_bytes) == math.prod(full) * item_bytes
+
+
+@pytest.mark.parametrize(("platform", "padded"), [("tpu", True), ("cuda", False)])
+def test_arguments_are_padded_on_a_tpu(platform: str, padded: bool) -> None:
+    found, assignment = traced_whole(lambda x: x + 1, f32(130, 5))
+    plain = replace(HABITS[platform], workspace_bytes=0)
+    held = memory(found, assignment, ONE, rule_of, (), plain)
+    assert held.input_bytes == (256 * 8 * 4 if padded else 130 * 5 * 4)
