@@ -17,7 +17,8 @@ import numpy as np
 from rhino_jax import compat
 from rhino_jax.api.cache import asked, sources
 from rhino_jax.api.planned import Planned
-from rhino_jax.api.planning import bind, cluster_of, plan_traced
+from rhino_jax.api.planning import bind, plan_traced
+from rhino_jax.api.where import cluster_of
 from rhino_jax.errors import OptionsError
 from rhino_jax.options import Options
 from rhino_jax.plan import Plan

@@ -9,11 +9,10 @@ from typing import Any
 import jax
 
 from rhino_jax import compat
-from rhino_jax.api.attached import attached_cluster, more_memory
+from rhino_jax.api.attached import more_memory
 from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
 from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
-from rhino_jax.api.profiles import kept_profile, profiled
 from rhino_jax.api.staging import (
     microbatches_of,
     predicted_of,
@@ -21,7 +20,7 @@ from rhino_jax.api.staging import (
     stages_of,
     workers_of,
 )
-from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.api.where import cluster_of, grid_of, laid, platform_of, where
 from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cluster.topology import Cluster, part
 from rhino_jax.errors import (
@@ -35,12 +34,11 @@ from rhino_jax.errors import (
 )
 from rhino_jax.extend import OpRule, registered
 from rhino_jax.ir.assignment import Assignment
-from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
+from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.spans import EVERY, numbers, spans
-from rhino_jax.lower.devices import abstract_mesh, as_mesh, check_count, device_mesh
 from rhino_jax.options import AUTO, Options
-from rhino_jax.plan import Plan, Predicted, Stages, make_plan
+from rhino_jax.plan import Plan, Predicted, make_plan
 from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.choose import default_meshes, plan_recipe
 from rhino_jax.search.meshes import candidate_meshes
@@ -114,7 +112,7 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     _check_lowering(traced, options)
     if options.recipe:
         return _by_recipe(traced, options)
-    _where(options)  # what is wrong with a mesh is said before anything is looked up
+    where(options)  # what is wrong with a mesh is said before anything is looked up
     cluster, folder = cluster_of(options), folder_of(options)
     if folder is None:
         return _searched(traced, options, cluster)
@@ -171,7 +169,7 @@ def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
 
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     subject = subject_of(traced)
-    jax_mesh, mesh, _ = _where(options)
+    jax_mesh, mesh, _ = where(options)
     limit = _limit(options, cluster)
     level, pipeline = options.optimization_level, options.stages is not None
     batches = options.microbatches or 0
@@ -245,10 +243,10 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     """The recipe's plan, microbatches and remat as asked for."""
     recipe = options.recipe
     recipe_named(recipe)
-    jax_mesh, mesh, count = _where(options)
+    jax_mesh, mesh, count = where(options)
     if mesh is None:
-        mesh = default_meshes(recipe, _grid(options, count))[-1]
-    mesh = mesh.linked(TORUS if _platform(options) == "tpu" else "")
+        mesh = default_meshes(recipe, grid_of(options, count))[-1]
+    mesh = mesh.linked(TORUS if platform_of(options) == "tpu" else "")
     remat = options.remat or NONE
     traced = rewritten(traced, remat)
     subject = subject_of(traced)
@@ -325,7 +323,7 @@ def _planned(
         predicted.step_seconds if predicted and cluster else 0.0,
     )
     plan = replace(plan, notes=(*said, *notes))
-    return planned_of(plan, traced, _laid(jax_mesh, plan.whole_mesh, options))
+    return planned_of(plan, traced, laid(jax_mesh, plan.whole_mesh, options))
 
 
 def _prices(cluster: Cluster | None) -> Iterator[tuple[str, str]]:
@@ -367,21 +365,6 @@ def rewritten(traced: Traced, remat: str, segments: str = EVERY) -> Traced:
     return replace(traced, program=program)
 
 
-def cluster_of(options: Options) -> Cluster:
-    """What a plan is priced for: the described cluster, or the attached devices; with
-    the profile that prices it."""
-    if options.cluster:
-        return profiled(parse_cluster(options.cluster), options.profile)
-    given, folder = options.mesh, folder_of(options)
-    devices = jax.devices()
-    if isinstance(given, jax.sharding.Mesh):
-        devices = list(given.devices.flat)
-    cluster = attached_cluster(devices, folder)
-    if options.profile:
-        return profiled(cluster, options.profile)
-    return kept_profile(cluster, devices, folder)
-
-
 def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
     """A plan from a file bound to a traced step.
 
@@ -392,7 +375,7 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
     for segments, policy in plan.remat:
         traced = rewritten(traced, policy, segments)
     plan.fits(traced.program)
-    jax_mesh, mesh, count = _where(options, plan.stages)
+    jax_mesh, mesh, count = where(options, plan.stages)
     if mesh is not None and mesh.shape != plan.mesh.shape:
         raise MeshError(
             f"the plan is for mesh ({plan.mesh}), mesh=({mesh}) is asked for; drop "
@@ -406,87 +389,7 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
             f"{what} has {count}; plan again for {count}"
         )
     options = replace(options, cluster="" if jax_mesh is not None else cluster)
-    return planned_of(plan, traced, _laid(jax_mesh, plan.whole_mesh, options))
-
-
-def _platform(options: Options) -> str:
-    if options.cluster:
-        return parse_cluster(options.cluster).device.platform
-    given = options.mesh
-    if isinstance(given, jax.sharding.Mesh):
-        return str(given.devices.flat[0].platform)
-    return jax.default_backend()
-
-
-def _where(
-    options: Options, stages: Stages | None = None
-) -> tuple[Any, Mesh | None, int]:
-    """The user's JAX mesh if one was given, the mesh if fixed, the device count.
-
-    Of a pipeline (``stages``: of a plan that there is) the mesh of one worker.
-    """
-    given = options.mesh
-    mesh = None if given is None else as_mesh(given)
-    workers = stages.num_workers if stages else workers_of(options)
-    jax_mesh = None
-    if options.cluster:
-        count = parse_cluster(options.cluster).num_devices
-        what = options.cluster
-    elif isinstance(given, jax.sharding.Mesh):
-        jax_mesh, count, what = given, given.size, "the mesh"
-    else:
-        count, what = len(jax.devices()), f"this machine ({jax.devices()[0].platform})"
-    if stages is None and options.stages is None:
-        if mesh is not None and jax_mesh is None:
-            check_count(mesh, count, what)
-        return jax_mesh, mesh, count
-    if count % workers:
-        raise MeshError(
-            f"{workers} pipeline stages side by side do not divide the {count} devices "
-            f"of {what}; ask for a number that does, or for other devices by mesh="
-        )
-    if mesh is not None:
-        mesh = _of_worker(mesh, workers, jax_mesh is not None)
-        check_count(mesh, count // workers, f"each of {workers} shares of {what}")
-    return jax_mesh, mesh, count if stages else count // workers
-
-
-def _of_worker(mesh: Mesh, workers: int, whole: bool) -> Mesh:
-    """The mesh of one pipeline worker, of one that may have a leading stage axis.
-
-    Raises:
-        MeshError: it has another size than there are workers, or must be there.
-    """
-    if mesh.names[:1] != (STAGE,):
-        if whole:
-            raise MeshError(
-                f"mesh ({mesh}): the leading axis of a pipeline's jax.sharding.Mesh "
-                f'is named "{STAGE}" and has {workers} places'
-            )
-        return mesh
-    if mesh.size(STAGE) != workers:
-        raise MeshError(
-            f"mesh ({mesh}): the axis {STAGE!r} has {mesh.size(STAGE)} places, and "
-            f"{workers} stages run side by side; make it {workers}"
-        )
-    return Mesh(mesh.axes[1:])
-
-
-def _laid(jax_mesh: Any, mesh: Mesh, options: Options) -> Any:
-    if not mesh.axes:
-        return None
-    if options.cluster:
-        return abstract_mesh(mesh)
-    if jax_mesh is not None:
-        return jax.sharding.Mesh(jax_mesh.devices, jax_mesh.axis_names)
-    return device_mesh(mesh)
-
-
-def _grid(options: Options, count: int) -> tuple[int, ...]:
-    """How the devices are linked: a TPU's torus, or all in a row."""
-    if options.cluster:
-        return parse_cluster(options.cluster).grid
-    return (count,)
+    return planned_of(plan, traced, laid(jax_mesh, plan.whole_mesh, options))
 
 
 def _specs(pins: Mapping[str, Any]) -> dict[str, Spec]:
