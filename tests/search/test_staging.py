@@ -145,6 +145,12 @@ def test_runs_come_from_what_segments_cost() -> None:
     cluster = parse_cluster("h100:1x4")
     share = part(cluster, 2)
     spent = op_seconds(divided.subject.program, assignment, MESH, share, rule_of)
+    loop = assignment.loop
+    assert loop is not None
+    # Gradients are reduced once, behind the loop: that is no op's of it.
+    left = {divided.subject.program.producer[m.value] for m in loop.leave}
+    assert {~op for op in spent if op < 0} <= left
+    assert any(op < 0 for op in spent)
     link = between_parts(cluster)
     problem = problem_of(divided, assignment, MESH, spent, "1f1b", 2, 1, link, 2**40)
     assert len(problem.segments) == divided.count
