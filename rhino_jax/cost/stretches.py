@@ -115,9 +115,11 @@ def op_seconds(
 ) -> dict[int, float]:
     """Seconds of a whole step by op, each with its moves; all microbatches together.
 
-    What is behind the last op counts under the number of ops.
+    Moves with which a value leaves the loop count under ``~op`` of the op that makes
+    it, what is behind the last op under the number of ops.
     """
-    wide = assignment.over(mesh)
+    wide, loop = assignment.over(mesh), assignment.loop
+    inside = frozenset(loop.ops if loop else ())
     habits = HABITS[cluster.device.platform]
     unfolded = unfold(program, assignment, mesh, rule_of, (), habits)
     loops = [one for one in unfolded.instructions if one.kind == ACCUMULATE]
@@ -126,9 +128,14 @@ def op_seconds(
     for part, trips in parts:
         moved = traffic(part, fusion(part, habits))
         for one, num_bytes in zip(part.instructions, moved, strict=True):
-            if one.kind != ACCUMULATE:
-                spent = trips * _seconds(one, num_bytes, wide, cluster)
-                found[one.index] = found.get(one.index, 0.0) + spent
+            if one.kind == ACCUMULATE:
+                continue
+            op = one.index
+            if part is unfolded and op in inside:
+                (buffer,) = (*one.reads, *one.writes)[:1]
+                op = ~program.producer[part.buffers[buffer].value]
+            spent = trips * _seconds(one, num_bytes, wide, cluster)
+            found[op] = found.get(op, 0.0) + spent
     return found
 
 

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.models.branches import STEPS
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import between_parts, part
+from rhino_jax.cost.model import predict
 from rhino_jax.cost.stretches import op_seconds
 from rhino_jax.errors import InfeasibleError
 from rhino_jax.ir.assignment import Assignment
@@ -145,6 +146,14 @@ def test_runs_come_from_what_segments_cost() -> None:
     cluster = parse_cluster("h100:1x4")
     share = part(cluster, 2)
     spent = op_seconds(divided.subject.program, assignment, MESH, share, rule_of)
+    loop = assignment.loop
+    assert loop is not None
+    # Gradients are reduced once, behind the loop: that is no op's of it.
+    left = {divided.subject.program.producer[m.value] for m in loop.leave}
+    assert {~op for op in spent if op < 0} <= left
+    assert any(op < 0 for op in spent)
+    whole = predict(divided.subject.program, assignment, MESH, share, rule_of)
+    assert sum(spent.values()) == pytest.approx(whole.step_seconds)
     link = between_parts(cluster)
     problem = problem_of(divided, assignment, MESH, spent, "1f1b", 2, 1, link, 2**40)
     assert len(problem.segments) == divided.count

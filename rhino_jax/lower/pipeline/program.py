@@ -41,8 +41,6 @@ from rhino_jax.lower.manual import Frame, run_ops
 from rhino_jax.lower.program import on_devices, partition_spec
 from rhino_jax.lower.reshard import Here
 
-Arrays = Sequence[jax.Array]
-
 
 @dataclass(frozen=True)
 class StagePrograms:
@@ -87,6 +85,7 @@ class StagePrograms:
         return PartitionSpec(*self.mesh.names)
 
     def spec(self, version: Version) -> PartitionSpec:
+        """How a version is handed over, on the mesh of one stage."""
         if version in self.ordinary:
             return partition_spec(version[1])
         return self.raw
@@ -108,6 +107,7 @@ class StagePrograms:
 
     @cached_property
     def wide(self) -> Mesh:
+        """The mesh with the time axis, where there is a loop."""
         return self.assignment.over(self.mesh)
 
     def _opened(self, version: Version, x: jax.Array) -> jax.Array:
@@ -211,16 +211,18 @@ class StagePrograms:
             return inner(*args)
 
         run.__name__ = f"{self.program.name}_{name}"
-        where = lambda tree: jax.tree.map(  # noqa: E731
-            lambda spec: self.placed(spec, stage),
-            tree,
-            is_leaf=lambda x: isinstance(x, PartitionSpec),
-        )
         return jax.jit(
             run,
-            in_shardings=where(inside),
-            out_shardings=where(outside),
+            in_shardings=self._all_placed(inside, stage),
+            out_shardings=self._all_placed(outside, stage),
             donate_argnums=tuple(donated),
+        )
+
+    def _all_placed(self, specs: Any, stage: int) -> Any:
+        return jax.tree.map(
+            lambda spec: self.placed(spec, stage),
+            specs,
+            is_leaf=lambda x: isinstance(x, PartitionSpec),
         )
 
     def _run(
