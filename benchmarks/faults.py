@@ -72,11 +72,14 @@ class Trial:
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen[str]:
-    """The training script, from the start or from where it was stopped."""
+    """The training script, from the start or from where it was stopped.
+
+    The launcher's logs lie in ``folder`` too.
+    """
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "rhino_jax.cli", "launch", "-n", str(processes)),
-            *(str(SCRIPT), str(folder)),
+            *("--logs", str(folder / "logs"), str(SCRIPT), str(folder)),
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
