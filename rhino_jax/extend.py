@@ -68,6 +68,18 @@ def forget_rule(name: str) -> None:
     _TABLE.pop(name, None)
 
 
+def as_rules(given: Mapping[str, OpRule | str]) -> dict[str, OpRule]:
+    """Rules of one step, texts among them, checked as those that are registered.
+
+    Raises:
+        RuleError: a text is no rule; a caret shows where.
+    """
+    return {
+        name: rule if isinstance(rule, OpRule) else OpRule(rule)
+        for name, rule in given.items()
+    }
+
+
 def registered() -> Mapping[str, OpRule]:
     """The rules registered so far."""
     return MappingProxyType(dict(_TABLE))

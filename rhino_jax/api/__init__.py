@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rhino_jax.api.function import ParallelFunction
 from rhino_jax.errors import OptionsError, TraceError
+from rhino_jax.extend import as_rules
 from rhino_jax.options import Options, make_options
 from rhino_jax.plan import Plan
 
@@ -193,7 +194,8 @@ def _settled(
     if isinstance(fun, ParallelFunction):
         base = {k: getattr(fun.options, k) for k in Options.__dataclass_fields__}
         fun = fun.fun
-    return fun, make_options(**{**base, **given})
+    options = make_options(**{**base, **given})
+    return fun, replace(options, rules=as_rules(options.rules))
 
 
 def _whole_plan(options: dict[str, Any]) -> tuple[Plan | None, dict[str, Any]]:

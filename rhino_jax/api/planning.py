@@ -32,7 +32,7 @@ from rhino_jax.errors import (
     TraceError,
     problems,
 )
-from rhino_jax.extend import OpRule, registered
+from rhino_jax.extend import as_rules, registered
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.ir.program import Program
@@ -74,17 +74,13 @@ def traced_bare(
 ) -> Traced:
     """``fun`` traced on shapes: where the arguments lie now must not matter."""
     bare = {name: _bare(tree) for name, tree in kwargs.items()}
-    given = {
-        name: rule if isinstance(rule, OpRule) else OpRule(rule)
-        for name, rule in options.rules.items()
-    }
     return trace(
         fun,
         [_bare(a) for a in args],
         bare,
         options.static_argnums,
         options.donate,
-        {**registered(), **given},
+        {**registered(), **as_rules(options.rules)},
     )
 
 

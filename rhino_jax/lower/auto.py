@@ -23,7 +23,7 @@ from rhino_jax.ir.layout import Layout, contiguous
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import WAITS, Op, Program
 from rhino_jax.lower.control import CONTROL
-from rhino_jax.rules import rule_of
+from rhino_jax.rules import placing, rule_of
 
 Arrays = Sequence[jax.Array]
 
@@ -96,6 +96,8 @@ class _Replay:
                 for inner, done in zip(op.programs, plan.inner, strict=True)
             ]
             return CONTROL[op.kind](op, bodies, ins)
+        if op.kind in placing.RULES:
+            return ins
         if op.source is None:
             assert op.kind == "rematerialize", f"{op.kind} has no equation"
             return lax.optimization_barrier(ins)

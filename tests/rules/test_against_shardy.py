@@ -433,6 +433,11 @@ LISTED: dict[str, tuple[str, str, str]] = {
         ".a,b1->ba",
         f"{FINER}: the local form masks and fills, so the rows may be split",
     ),
+    "ragged_dot_general": (
+        "ab,cbd,.->ad {b,c}",
+        "ab,.bc,.->ac {b}",
+        f"{FINER}: rows and groups may be split, each shard counts its own rows",
+    ),
     "scatter-sub": (
         "ab,c1,cb->ab {c}",
         "ab,.1,.b->ab",

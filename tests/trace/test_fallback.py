@@ -154,3 +154,8 @@ def test_a_shard_that_can_not_run_as_it_stands_is_named(registered: Any) -> None
     registered("test_grow", "ijk->ijk")
     with pytest.raises(RuleError, match="local="):
         planned(lambda x: grow(x, size=8), X)
+
+
+def test_a_rule_of_one_step_is_checked_when_it_is_decorated() -> None:
+    with pytest.raises(RuleError, match="'i' stands twice"):
+        rhino.auto_parallel(lambda x: x, rules={"some": "ii->i"})
