@@ -55,6 +55,8 @@ class Row:
     wire: tuple[tuple[str, int, int, float], ...] = ()
     """Axes, planned and compiled bytes, their ratio with types as compiled."""
     extra: tuple[str, ...] = ()
+    recomputed: int = 0
+    """Instructions that the compiler repeats by itself to save memory."""
 
     @property
     def ratio(self) -> float:
@@ -67,6 +69,11 @@ class Row:
     @property
     def fill(self) -> float:
         return self.needed_bytes / self.device_bytes
+
+    @property
+    def as_given(self) -> bool:
+        """Compiled, and nothing recomputed by the compiler's own choice."""
+        return self.outcome == "ok" and not self.recomputed
 
     @property
     def judged_wire(self) -> tuple[tuple[str, int, int, float], ...]:
@@ -114,6 +121,7 @@ def run(case: Case, kept_only: bool, timeout_seconds: float) -> Row | None:
         else (),
         tuple((x.axes, x.planned_bytes, x.compiled_bytes, x.ratio) for x in one.rows),
         tuple(f"{x.kind} over {x.axes}: {x.source}" for x in one.extra),
+        one.recomputed,
     )
 
 
@@ -123,6 +131,7 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
     for what, some in (
         ("all", good),
         ("at 20-80 % fill", [r for r in good if FILLED[0] <= r.fill <= FILLED[1]]),
+        ("as it was given to the compiler", [r for r in good if r.as_given]),
         *((f"on {name}", [r for r in good if name in r.name]) for name in CLUSTERS),
     ):
         if some:
@@ -158,7 +167,7 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def near(row: Row) -> Iterator[tuple[bool, bool, bool]]:
-    """Whether it is said to fit, with a margin too, and does: on nearly full devices."""
+    """On nearly full devices: told that it fits, with a margin too, and so it is."""
     for fill in NEAR:
         device_bytes, told = row.needed_bytes / fill, row.predicted_bytes
         yield told <= device_bytes, told <= (1 - MARGIN) * device_bytes, fill <= 1
@@ -181,6 +190,7 @@ def words(row: Row) -> tuple[str, ...]:
     """One line of the table."""
     if not row.compiled_bytes:
         return (row.name, row.mesh, *("",) * 5, row.outcome[:60])
+    recomputes = f"{row.recomputed} recomputed" if row.recomputed else ""
     return (
         row.name,
         row.mesh,
@@ -189,7 +199,7 @@ def words(row: Row) -> tuple[str, ...]:
         f"{row.ratio:.3f}",
         f"{row.needed_bytes / GIB:.2f}",
         f"{row.fill:.0%}",
-        "" if row.outcome == "ok" else row.outcome,
+        row.outcome if row.outcome != "ok" else recomputes,
     )
 
 

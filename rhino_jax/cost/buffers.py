@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from rhino_jax.cost.habits import PLAIN, Habits
 from rhino_jax.cost.instructions import (
@@ -27,7 +26,6 @@ from rhino_jax.cost.instructions import (
     RENAMING,
     RESIZING,
     ROLES,
-    STORE,
     TAKE,
     Buffer,
     Instruction,
@@ -35,9 +33,10 @@ from rhino_jax.cost.instructions import (
     Unfolded,
     role_of,
     updates,
+    with_stores,
 )
 from rhino_jax.cost.simplify import simplified
-from rhino_jax.cost.tiles import Size
+from rhino_jax.cost.tiles import stored_bytes, window_shapes
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
@@ -146,7 +145,7 @@ class _Unfolding:
 
     def enter(self, program: Program, assignment: Assignment) -> _Frame:
         assert len(program.ops) == len(assignment.ops), "an assignment of other ops"
-        self.windows |= _window_shapes(program)
+        self.windows |= window_shapes(program)
         return _Frame(self, program)
 
     def new(self, program: Program, value: int, layout: Layout) -> int:
@@ -157,7 +156,7 @@ class _Unfolding:
 
     def size(self, shape: tuple[int, ...], dtype: str, layout: Layout) -> int:
         of_window = shape in self.windows
-        return _stored_bytes(
+        return stored_bytes(
             shape, dtype, layout, self.mesh, self.habits.size, of_window
         )
 
@@ -382,7 +381,7 @@ class _Unfolding:
         same, kept = _carries(op, number), len(outputs)
         if op.kind == "scan":
             kept = op.param["num_carry"]
-        instructions = _with_stores(work.instructions, outputs[kept:], program)
+        instructions = with_stores(work.instructions, outputs[kept:], program)
         plain = Unfolded(
             tuple(work.buffers),
             instructions,
@@ -392,29 +391,6 @@ class _Unfolding:
             tuple(work.pinned),
         )
         return simplified(plain, self.habits)
-
-
-@lru_cache(maxsize=200_000)
-def _stored_bytes(
-    shape: tuple[int, ...],
-    dtype: str,
-    layout: Layout,
-    mesh: Mesh,
-    size: Size,
-    of_window: bool,
-) -> int:
-    """Bytes of one shard as it is laid out, pads included."""
-    return size(layout.local_shape(shape, mesh), itemsize(dtype), of_window)
-
-
-def _window_shapes(program: Program) -> frozenset[tuple[int, ...]]:
-    """Shapes of what convolutions read and write."""
-    return frozenset(
-        value.shape
-        for op in program.ops
-        if op.kind == "conv_general_dilated"
-        for value in (*program.operand_values(op), *program.result_values(op))
-    )
 
 
 def accumulator_dtype(value: Value) -> str:
@@ -463,7 +439,7 @@ def _turn(
                 program.producer[move.value],
             )
         )
-    instructions = _with_stores(work.instructions, tuple(stacked), program)
+    instructions = with_stores(work.instructions, tuple(stacked), program)
     first = len(given)
     same = tuple((first + i, i) for i in range(len(outputs)))
     body = Unfolded(
@@ -485,25 +461,6 @@ def _renames(program: Program, op: Op) -> bool:
         return False
     (read, *_), (made,) = program.operand_values(op), program.result_values(op)
     return read.size == made.size
-
-
-def _with_stores(
-    instructions: list[Instruction], stacked: tuple[int, ...], program: Program
-) -> tuple[Instruction, ...]:
-    """Each stacked output is written to its place as soon as it is there."""
-    waiting = set(stacked)
-    result: list[Instruction] = []
-    made = {w for instruction in instructions for w in instruction.writes}
-    for buffer in sorted(waiting - made):
-        result.append(Instruction(STORE, FUSED, (buffer,), (), program, 0))
-    for instruction in instructions:
-        result.append(instruction)
-        for buffer in instruction.writes:
-            if buffer in waiting:
-                place = instruction.index
-                store = Instruction(STORE, FUSED, (buffer,), (), program, place)
-                result.append(store)
-    return tuple(result)
 
 
 def _carries(op: Op, number: int) -> tuple[tuple[int, int], ...]:

@@ -21,6 +21,9 @@ class Habits:
         combine_bytes: collectives are combined up to this size; 0 is never.
         late_products: a product that is only added runs where it is added.
         stores_last: a product that a loop's body only stores runs at its end.
+        peels: the first turn of a loop that stores what it reduces over devices runs
+            ahead of it (XLA's collective pipeliner), and the part of that turn that
+            does not wait for the carry as early as it can.
         products_fuse: what a product or convolution reads is made while it runs.
         dear: kinds of ops that are written rather than made twice.
         scatters_windows: the gradient of a max pooling is a scatter to the places of
@@ -32,6 +35,7 @@ class Habits:
     combine_bytes: int = 0
     late_products: bool = False
     stores_last: bool = False
+    peels: bool = False
     products_fuse: bool = False
     dear: frozenset[str] = DEAR
     scatters_windows: bool = False
@@ -45,6 +49,7 @@ _GPU = Habits(
     *(32 * MIB, 30 * MIB),
     late_products=True,
     stores_last=True,
+    peels=True,
     scatters_windows=True,
 )
 HABITS: Mapping[str, Habits] = {

@@ -155,3 +155,22 @@ def role_of(op: Op, rule: Rule) -> str:
         read = {name for dims in rule.operands for dim in dims for name in dim}
         return FUSED if read <= made else OPAQUE
     return REDUCING if kinds == {REDUCTION} else OPAQUE
+
+
+def with_stores(
+    instructions: list[Instruction], stacked: tuple[int, ...], program: Program
+) -> tuple[Instruction, ...]:
+    """Each stacked output is written to its place as soon as it is there."""
+    waiting = set(stacked)
+    result: list[Instruction] = []
+    made = {w for instruction in instructions for w in instruction.writes}
+    for buffer in sorted(waiting - made):
+        result.append(Instruction(STORE, FUSED, (buffer,), (), program, 0))
+    for instruction in instructions:
+        result.append(instruction)
+        for buffer in instruction.writes:
+            if buffer in waiting:
+                place = instruction.index
+                store = Instruction(STORE, FUSED, (buffer,), (), program, place)
+                result.append(store)
+    return tuple(result)

@@ -17,7 +17,12 @@ from itertools import accumulate
 from rhino_jax.cost.buffers import FUSED, Instruction, RuleOf, Unfolded, unfold
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import PLAIN, Habits
-from rhino_jax.cost.order import combined_at, kept_at_end, products_at
+from rhino_jax.cost.order import (
+    combined_at,
+    kept_at_end,
+    products_at,
+    stores_reduced,
+)
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program, Where
@@ -120,12 +125,30 @@ class Held:
             size = unfolded.buffers[buffer].num_bytes
             change[max(birth, 0)] += size
             change[max(birth, self.dies[buffer] + 1)] -= size
+        for i, body in self.within.items() if habits.peels else ():
+            first = _early_from(unfolded, i, body)
+            if first < i:
+                early = body.before_carry_bytes()
+                change[first] += early
+                change[i] -= early
         *held, _ = accumulate(change)
         self.bytes_at = [held[i] + self.inside.get(i, 0) for i in range(end)]
 
     @property
     def peak_bytes(self) -> int:
         return max(self.bytes_at, default=0)
+
+    def before_carry_bytes(self) -> int:
+        """Of a body: what stands when the first instruction reads a carry."""
+        waiting = {self.unfolded.inputs[i] for i, _ in self.unfolded.same}
+        for index, instruction in enumerate(self.unfolded.instructions):
+            if waiting.intersection(instruction.reads):
+                return sum(
+                    self.unfolded.buffers[buffer].num_bytes
+                    for buffer, birth in self.born.items()
+                    if birth < index <= self.dies[buffer]
+                )
+        return 0
 
     def named(self, spot: int) -> Iterator[tuple[str, int]]:
         """The largest buffers held during one instruction, in its bodies too."""
@@ -146,6 +169,18 @@ class Held:
             yield from body._named(body.bytes_at.index(body.peak_bytes))
         elif self.inside.get(spot):
             yield f"workspace of {instructions[spot].kind}", self.inside[spot]
+
+
+def _early_from(unfolded: Unfolded, loop: int, body: Held) -> int:
+    """Where the first turn of a loop may begin: all that it stacks over is there.
+
+    ``loop`` itself where the loop is not peeled.
+    """
+    if not stores_reduced(body.unfolded):
+        return loop
+    carried = {before for before, _ in unfolded.instructions[loop].overwrites}
+    reads = (b for b in unfolded.instructions[loop].reads if b not in carried)
+    return 1 + max((unfolded.writer[b] for b in reads), default=-1)
 
 
 def _lifetimes(

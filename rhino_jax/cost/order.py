@@ -13,6 +13,9 @@ one library call that adds (``beta = 1``). It waits for what it is added to: the
 gradient of a tied embedding is kept until the look-up's gradient is there too.
 
 **Products that a loop stores.** They run at the end of its body.
+
+**Loops that store what they reduce.** Their first turn is peeled off
+(:func:`stores_reduced`): recomputing the last layer then runs before the loss.
 """
 
 from __future__ import annotations
@@ -114,6 +117,18 @@ def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
         if reader is not None and unfolded.instructions[reader].kind == STORE:
             found.update(dict.fromkeys((*chain, reader), end))
     return found
+
+
+def stores_reduced(body: Unfolded) -> bool:
+    """Whether a loop's body stores what was just reduced over devices."""
+    for instruction in body.instructions:
+        if instruction.kind == STORE:
+            at = body.writer[instruction.reads[0]]
+            while at >= 0 and body.instructions[at].kind in CONVERTS:
+                at = body.writer[body.instructions[at].reads[0]]
+            if at >= 0 and body.instructions[at].kind in (ALL_REDUCE, REDUCE_SCATTER):
+                return True
+    return False
 
 
 def _passes_on(instruction: Instruction) -> bool:

@@ -6,8 +6,9 @@ entropy is the softmax, changed in place where the labels are, and no array of z
 
 **Gradients of max pooling.** GPUs have no select-and-scatter. XLA's expander finds the
 place of every window's maximum, in 32-bit numbers, one for each dimension, beside the
-maximum in float32, and scatters there. It does so where the pooling itself runs, so
-they stand from the forward to the backward pass.
+maximum in float32, and scatters there, into zeros that it makes as early. It does so
+where the pooling itself runs, so all of them stand from the forward to the backward
+pass.
 """
 
 from __future__ import annotations
@@ -92,11 +93,23 @@ def _with_places(unfolded: Unfolded) -> Unfolded:
         count = buffers[source].num_bytes / itemsize(value.dtype)
         size = round(4 * count * (1 + len(value.shape)))
         buffers.append(Buffer(buffers[source].value, size, f"places of {value}"))
-        places = len(buffers) - 1
+        places, (made,) = len(buffers) - 1, one.writes
+        buffers.append(replace(buffers[made], name=f"zeros of {value}"))
         first = _pooling(unfolded.instructions[:index], pooled, index)
-        instructions[index] = [replace(one, reads=(source, places))]
+        instructions[index] = [
+            replace(
+                one,
+                reads=(source, places, places + 1),
+                overwrites=((places + 1, made),),
+            )
+        ]
         find = replace(
-            one, kind=PLACES, reads=(pooled,), writes=(places,), op=None, rule=None
+            one,
+            kind=PLACES,
+            reads=(pooled,),
+            writes=(places, places + 1),
+            op=None,
+            rule=None,
         )
         at = unfolded.instructions[first].index
         instructions[first].insert(0, replace(find, index=at))

@@ -15,6 +15,10 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program, itemsize
+
 Size = Callable[[tuple[int, ...], float, bool], int]
 """(local shape, bytes of an element, whether a convolution's) -> bytes."""
 
@@ -68,3 +72,26 @@ def _up(size: int, step: int) -> int:
 def _power(rows: int) -> int:
     """The rows of a tile that holds ``rows``: 1, 2, 4 or 8."""
     return min(ROWS, 1 << (rows - 1).bit_length())
+
+
+@lru_cache(maxsize=200_000)
+def stored_bytes(
+    shape: tuple[int, ...],
+    dtype: str,
+    layout: Layout,
+    mesh: Mesh,
+    size: Size,
+    of_window: bool,
+) -> int:
+    """Bytes of one shard as it is laid out, pads included."""
+    return size(layout.local_shape(shape, mesh), itemsize(dtype), of_window)
+
+
+def window_shapes(program: Program) -> frozenset[tuple[int, ...]]:
+    """Shapes of what convolutions read and write."""
+    return frozenset(
+        value.shape
+        for op in program.ops
+        if op.kind == "conv_general_dilated"
+        for value in (*program.operand_values(op), *program.result_values(op))
+    )

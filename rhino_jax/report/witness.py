@@ -143,13 +143,17 @@ def _memory(found: Witness) -> str:
         room = f"{bytes_text(limit)} (a margin of {margin:.0%} left free of {room})"
     said = {True: "fits", False: "does not fit", None: "not told"}
     head = ("memory of a device", "predicted", "compiled", "predicted/compiled")
-    return "\n".join(
-        [
-            _table(head, words),
-            f"predicted that it {said[found.predicted_fits]} {room}; "
-            f"by the compiler it {said[found.fits]}",
-        ]
-    )
+    lines = [
+        _table(head, words),
+        f"predicted that it {said[found.predicted_fits]} {room}; "
+        f"by the compiler it {said[found.fits]}",
+    ]
+    if found.recomputed:
+        lines.append(
+            f"the compiler recomputes {found.recomputed} instructions by itself to "
+            "save memory: without that it would take more"
+        )
+    return "\n".join(lines)
 
 
 def _standing(found: Witness) -> str:

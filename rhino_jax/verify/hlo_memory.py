@@ -29,6 +29,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=\s]*)\](?:\{([^{}]*)\})?")
 _TILE = re.compile(r"\((\d+(?:,\d+)*)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{(\d*)\}")
+_RECOMPUTED = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+\.remat[\w.]* = ", re.MULTILINE)
 _CALLS = ("calls", "to_apply", "body", "condition")
 _VIEWS = frozenset(
     "bitcast get-tuple-element tuple optimization-barrier domain after-all".split()
@@ -82,6 +83,15 @@ def busiest(text: str, on_chip: frozenset[int] = frozenset()) -> Busiest:
     moment = walk.run(entry, (), _donated(module.header))
     standing = sorted(moment.standing, key=lambda one: (-one.num_bytes, one.name))
     return Busiest(moment.num_bytes, moment.during, tuple(standing))
+
+
+def recomputed(text: str) -> int:
+    """Instructions that XLA's own rematerialization added to save memory.
+
+    >>> recomputed("  %fusion.3.remat = f32[8]{0} fusion(%a), kind=kLoop")
+    1
+    """
+    return len(_RECOMPUTED.findall(text))
 
 
 def array_bytes(type_text: str, on_chip: frozenset[int] = frozenset()) -> list[int]:

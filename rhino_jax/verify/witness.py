@@ -10,7 +10,7 @@ from rhino_jax.cost.model import Prediction
 from rhino_jax.verify.audit import Audit, AxisTraffic, Finding, audit
 from rhino_jax.verify.collectives import HloCollective, axes_key, collective_axes
 from rhino_jax.verify.facts import CompiledFacts
-from rhino_jax.verify.hlo_memory import Busiest, busiest
+from rhino_jax.verify.hlo_memory import Busiest, busiest, recomputed
 from rhino_jax.verify.hlo_time import CompilerTime, compiler_time
 from rhino_jax.verify.matching import PlannedCollective
 from rhino_jax.verify.targets import parse_target
@@ -111,6 +111,14 @@ class Witness:
         if not self.facts.ok:
             return None
         return busiest(self.facts.hlo, ON_CHIP.get(self.platform, frozenset()))
+
+    @cached_property
+    def recomputed(self) -> int:
+        """Instructions that the compiler repeats by itself, to save memory.
+
+        Where there are any, its peak is not that of the program it was given.
+        """
+        return recomputed(self.facts.hlo)
 
     @cached_property
     def compiler_time(self) -> CompilerTime | None:
