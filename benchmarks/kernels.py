@@ -1,88 +1,32 @@
 """What single kernels take on the attached device: the grid that prices are fitted to.
 
-Every kernel runs several times in one program, each time on inputs of its own and only
-after the one before it (an ``optimization_barrier`` between them): launching a program
-hardly counts, and no cache is measured. ``python -m benchmarks.kernels --help``.
+Measured as ``rhino profile`` measures (:mod:`rhino_jax.profiling.live`); the list is
+longer and holds what models are made of. ``python -m benchmarks.kernels --help``.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from rhino_jax.profiling.grid import (
+    Kernel,
+    convolution,
+    elementwise,
+    product,
+    summed,
+)
+from rhino_jax.profiling.live import call_seconds, kernel_seconds
 
 HELD_BYTES = 6 * 2**30
 """All inputs of one kernel's runs together, at most."""
-RUNS = 12
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One function and the shapes of its arguments.
-
-    ``flops`` are those of its product; ``num_bytes`` what it must read and write.
-    """
-
-    kind: str
-    function: Callable[..., Any]
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: str
-    flops: int = 0
-    num_bytes: int = 0
-    ints: tuple[int, ...] = ()
-    """Arguments that are row numbers, below the first argument's rows."""
-
-
-def product(m: int, k: int, n: int, dtype: str, batch: int = 0) -> Kernel:
-    """``[b, m, k] @ [b, k, n]``."""
-    lead = (batch,) if batch else ()
-    shapes = ((*lead, m, k), (*lead, k, n))
-    times, item = max(batch, 1), jnp.dtype(dtype).itemsize
-    return Kernel(
-        "batched product" if batch else "product",
-        jnp.matmul,
-        shapes,
-        dtype,
-        2 * times * m * k * n,
-        item * times * (m * k + k * n + m * n),
-    )
-
-
-def elementwise(kind: str, f: Any, shape: tuple[int, ...], dtype: str) -> Kernel:
-    """Reads one array and writes another like it."""
-    size = math.prod(shape) * jnp.dtype(dtype).itemsize
-    return Kernel(kind, f, (shape,), dtype, 0, 2 * size)
-
-
-def convolution(
-    batch: int, side: int, inside: int, out: int, window: int, stride: int, dtype: str
-) -> Kernel:
-    """``[batch, side, side, inside]``, channels last, same padding."""
-
-    def f(x: Any, w: Any) -> Any:
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, w, (stride, stride), "SAME", dimension_numbers=numbers
-        )
-
-    item, after = jnp.dtype(dtype).itemsize, -(-side // stride)
-    return Kernel(
-        f"convolution {window}x{window}/{stride}",
-        f,
-        ((batch, side, side, inside), (window, window, inside, out)),
-        dtype,
-        2 * batch * after**2 * window**2 * inside * out,
-        item * batch * (side**2 * inside + after**2 * out),
-    )
 
 
 def normalized(x: Any) -> Any:
@@ -131,17 +75,8 @@ def kernels(scale: int) -> Iterator[Kernel]:
         for dtype in ("bfloat16", "float32"):
             yield elementwise("softmax", jax.nn.softmax, shape, dtype)
             yield elementwise("norm", normalized, shape, dtype)
-            size = math.prod(shape) * jnp.dtype(dtype).itemsize
             for axis in (0, 1):
-                summed = Kernel(
-                    f"sum over {axis}",
-                    lambda x, axis=axis: x.sum(axis),
-                    (shape,),
-                    dtype,
-                    0,
-                    size,
-                )
-                yield summed
+                yield summed(shape, dtype, axis)
         yield elementwise("transpose", lambda x: x.T + 1, shape, "bfloat16")
         yield elementwise("cumulative sum", lambda x: x.cumsum(1), shape, "float32")
     rows, width, many = cut(51200, 2048, 16384)
@@ -174,45 +109,18 @@ def kernels(scale: int) -> Iterator[Kernel]:
         )
 
 
-def measured(kernel: Kernel) -> dict[str, Any]:
+def measured(kernel: Kernel, call: float) -> dict[str, Any]:
     """Seconds of one run of ``kernel``, and what it had to do."""
-    rng = np.random.default_rng(0)
-    rows = kernel.shapes[0][0]
-
-    def argument(at: int) -> Any:
-        shape = kernel.shapes[at]
-        if at in kernel.ints:
-            return jnp.asarray(rng.integers(0, rows, shape, dtype=np.int32))
-        key = jax.random.key(rng.integers(2**31), impl="rbg")
-        return jax.random.normal(key, shape, kernel.dtype)
-
-    arguments = tuple(argument(at) for at in range(len(kernel.shapes)))
-    held = sum(x.nbytes for x in arguments)
-    count = int(max(2, min(RUNS, HELD_BYTES // max(held, 1))))
-    sets = [arguments]
-    sets += [jax.tree.map(lambda x: x.copy(), arguments) for _ in range(count - 1)]
-
-    def chained(sets: Any) -> Any:
-        outs = []
-        for arguments in sets:
-            if outs:
-                *arguments, outs[-1] = jax.lax.optimization_barrier(
-                    (*arguments, outs[-1])
-                )
-            outs.append(kernel.function(*arguments))
-        return outs
-
-    run = jax.jit(chained)
-    jax.block_until_ready(run(sets))
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        jax.block_until_ready(run(sets))
-        times.append(time.perf_counter() - began)
+    seconds = kernel_seconds(kernel, jax.devices()[:1], call, HELD_BYTES)
     shapes = " ".join("x".join(map(str, shape)) for shape in kernel.shapes)
-    told = asdict(kernel)
-    del told["function"], told["ints"]
-    return {**told, "shapes": shapes, "runs": count, "seconds": min(times) / count}
+    return {
+        "kind": kernel.kind,
+        "shapes": shapes,
+        "dtype": kernel.dtype,
+        "flops": kernel.flops,
+        "num_bytes": kernel.num_bytes,
+        "seconds": seconds,
+    }
 
 
 @click.command()
@@ -224,6 +132,7 @@ def main(out: Path, scale: int, seconds: float, skip: str) -> None:
     """Measure the grid, one line of JSON a kernel."""
     until = time.perf_counter() + seconds
     kind = jax.devices()[0].device_kind
+    call = call_seconds(jax.devices()[:1])
     with out.open("w") as file:
         for kernel in kernels(scale):
             if skip and skip in kernel.kind:
@@ -231,7 +140,7 @@ def main(out: Path, scale: int, seconds: float, skip: str) -> None:
             if time.perf_counter() > until:
                 click.echo("no time left: the rest of the grid is not measured")
                 break
-            row = {"device": kind, **measured(kernel)}
+            row = {"device": kind, **measured(kernel, call)}
             file.write(json.dumps(row) + "\n")
             file.flush()
             rate = row["flops"] / row["seconds"] / 1e12

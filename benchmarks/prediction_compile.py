@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from rhino_jax.cluster.kernels import ARITHMETIC
 from rhino_jax.cluster.links import TORUS_DIMENSIONS
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.profile import COMPILE_ONLY, SHIPPED, Profile, shipped
-from rhino_jax.cluster.topology import Cluster, linked
+from rhino_jax.cluster.topology import Cluster, crossing, linked
+from rhino_jax.cost.collectives import collective_seconds
 from rhino_jax.cost.model import Prediction, predict
 from rhino_jax.errors import OptionsError
+from rhino_jax.ir.mesh import Mesh
 from rhino_jax.profiling.compiled import (
     clock_of,
     has_table,
@@ -42,7 +45,9 @@ from rhino_jax.profiling.compiled import (
 from rhino_jax.profiling.fit import share_of
 from rhino_jax.profiling.grid import GRIDS, others
 from rhino_jax.rules import rule_of
+from rhino_jax.verify.collectives import collective_axes, wire_bytes
 from rhino_jax.verify.compile_only import compile_for
+from rhino_jax.verify.hlo import read
 from rhino_jax.verify.targets import parse_target
 
 GOAL_COMPUTE, GOAL_COMM = 0.15, 0.20
@@ -167,14 +172,28 @@ def comm_row(name: str, shape: str, model: str, recipe: str) -> dict[str, Any]:
     facts = compile_for(planned.lower(), target, options=options_of(target))
     if not facts.ok:
         return {"outcome": f"{facts.outcome}: {facts.message[:300]}"}
-    told = [one for one in priced(facts.hlo) if one.is_collective]
+    told = sum(one.seconds for one in priced(facts.hlo) if one.is_collective)
     ours = [one for one in found.collectives if one.kind not in UNPRICED]
     return {
         "outcome": "ok",
-        "predicted": sum(one.total_seconds for one in ours),
-        "compiler": sum(one.seconds for one in told),
-        "counts": [sum(one.count for one in ours), len(told)],
+        "predicted": sum(_as_compiled(facts.hlo, cluster, planned.plan.mesh)),
+        "compiler": told,
+        "planned": sum(one.total_seconds for one in ours),
     }
+
+
+def _as_compiled(hlo: str, cluster: Cluster, mesh: Mesh) -> Iterator[float]:
+    """Our price of every collective of the compiled program that XLA prices.
+
+    Not of those in the plan: the compiler puts many small ones together.
+    """
+    for one in read(hlo):
+        axes = collective_axes(one, mesh.shape)
+        if one.kind not in UNPRICED and set(axes) <= set(mesh.names):
+            crossed = crossing(cluster, mesh, axes)
+            sent = wire_bytes(one)
+            if crossed and sent:
+                yield one.trip_count * collective_seconds(one.kind, sent, crossed)
 
 
 def error_of(row: dict[str, Any]) -> float | None:

@@ -35,6 +35,7 @@ from rhino_jax.api.planning import traced_bare
 from rhino_jax.api.profiles import profiled
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster
+from rhino_jax.errors import InfeasibleError
 from rhino_jax.options import make_options
 from rhino_jax.plan import make_plan
 from rhino_jax.search.auto import Candidate, Wish, plan_search
@@ -74,7 +75,7 @@ def candidates(traced: Traced, cluster: Cluster) -> Iterator[Candidate]:
                 )
                 try:
                     yield from plan_search(subject, tight).considered
-                except rhino.InfeasibleError:
+                except InfeasibleError:
                     break
 
 

@@ -28,6 +28,7 @@ from rhino_jax.cluster.profile import REFERENCE, kernels_of
 from rhino_jax.cluster.topology import MEMORY as ALONE
 from rhino_jax.cluster.topology import PCIE, Cluster, Link
 from rhino_jax.errors import ClusterError
+from rhino_jax.profiling.live import least
 
 FORMAT = 1
 SECONDS, RUNS = 20.0, 8
@@ -133,11 +134,12 @@ def measure(
     share = seconds / (len(TYPES) + 3)
     one = devices[0]
     peaks = {
-        name: 2 * side**3 / _least(_product(side, dtype, one), share)
+        name: 2 * side**3 / least(_product(side, dtype, one), share, RUNS)
         for name, dtype in TYPES.items()
     }
     copied = jax.device_put(np.zeros(copied_bytes // 4, np.float32), one)
-    copy_seconds = _least(functools.partial(jax.jit(lambda x: x + 1), copied), share)
+    copying = functools.partial(jax.jit(lambda x: x + 1), copied)
+    copy_seconds = least(copying, share, RUNS)
     bandwidth, latency = _links(devices, share, large_bytes)
     return Measured(
         one.device_kind,
@@ -177,26 +179,11 @@ def _links(
                 lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=spec, out_specs=spec
             )
         )
-        return _least(functools.partial(run, x), share)
+        return least(functools.partial(run, x), share, RUNS)
 
     small, large = reduced(SMALL_BYTES), reduced(large_bytes)
     sent = 2 * (count - 1) / count * (large_bytes - SMALL_BYTES)
     return sent / max(large - small, 1e-9), max(small / (2 * (count - 1)), 1e-9)
-
-
-def _least(run: Callable[[], Any], seconds: float) -> float:
-    """Seconds of a run: the shortest round of as many as fit in ``seconds``.
-
-    A round is :data:`RUNS` runs, one right after the other, so that starting one does
-    not count. The first run compiles.
-    """
-    jax.block_until_ready(run())
-    least, until = float("inf"), time.perf_counter() + seconds
-    while least == float("inf") or time.perf_counter() < until:
-        began = time.perf_counter()
-        jax.block_until_ready([run() for _ in range(RUNS)])
-        least = min(least, (time.perf_counter() - began) / RUNS)
-    return least
 
 
 def as_cluster(measured: Measured, count: int) -> Cluster:

@@ -158,6 +158,22 @@ def test_levels_are_never_worse_than_one_flat_ring(
     assert found <= flat_ring(kind, wire_bytes, crossed) * (1 + 1e-9)
 
 
+@given(
+    st.sampled_from(KINDS),
+    st.sampled_from(("h100:4x8", "gb200:36x4", "v5e:16x16x4slices", "v4:2x2x4")),
+    st.integers(1, 10**10),
+    st.integers(1, 10**10),
+)
+def test_more_bytes_take_longer_on_every_cluster(
+    kind: str, text: str, few: int, more: int
+) -> None:
+    cluster = parse_cluster(text)
+    mesh = Mesh.of(d=cluster.num_devices)
+    crossed = crossing(cluster, mesh, ("d",))
+    least = collective_seconds(kind, few, crossed)
+    assert 0 < least <= collective_seconds(kind, few + more, crossed)
+
+
 def test_a_profile_takes_the_place_of_rings() -> None:
     fits = tuple(
         Fit(ALL_REDUCE, n, ((10.0, n / 2), (1010.0, n / 2 + 100))) for n in (2, 8)
