@@ -412,6 +412,14 @@ WRITTEN: Mapping[str, Call] = {
         lambda x: lax.linalg.lu(x)[2],
         (B,),
     ),
+    "triangular_solve of a batch": (
+        lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True, lower=True),
+        (B, B),
+    ),
+    "keys by row": (
+        lambda i, k: jax.vmap(lambda n: jax.random.fold_in(k, n))(i),
+        (J, KEY),
+    ),
     "qr, reduced": (lambda x: lax.linalg.qr(x, full_matrices=False), (B,)),
     "qr with pivoting": (lambda x: slinalg.qr(x, pivoting=True), (S,)),
     "hessenberg": (lax.linalg.hessenberg, (S,)),
