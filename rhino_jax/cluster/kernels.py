@@ -18,18 +18,21 @@ from functools import cached_property
 PRODUCT, BATCHED, CONVOLUTION = "product", "batched product", "convolution"
 """Shares of the matrix units' peak."""
 OPERANDS, ELEMENTWISE, REDUCTION = "operands", "elementwise", "reduction"
+COLUMNS = "column reduction"
+"""A reduction that keeps the last dimension: rows apart are added up."""
 GATHER, SCATTER = "gather", "scatter"
 """Shares of the memory's bandwidth; operands: products and convolutions that wait for
 what they read."""
-FUSING = (ELEMENTWISE, REDUCTION)
+FUSING = (ELEMENTWISE, REDUCTION, COLUMNS)
 ARITHMETIC = (PRODUCT, BATCHED, CONVOLUTION)
 AXES: Mapping[str, int] = {PRODUCT: 3, BATCHED: 4, CONVOLUTION: 1}
 """Numbers of a size; one, bytes (a convolution's operations), where none is named."""
-KINDS = (*ARITHMETIC, OPERANDS, ELEMENTWISE, REDUCTION, GATHER, SCATTER)
+KINDS = (*ARITHMETIC, OPERANDS, ELEMENTWISE, REDUCTION, COLUMNS, GATHER, SCATTER)
 LIKE: Mapping[str, str] = {
     BATCHED: PRODUCT,
     OPERANDS: ELEMENTWISE,
     REDUCTION: ELEMENTWISE,
+    COLUMNS: REDUCTION,
     GATHER: ELEMENTWISE,
     SCATTER: ELEMENTWISE,
 }

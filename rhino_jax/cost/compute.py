@@ -12,12 +12,13 @@ away (:mod:`rhino_jax.cost.fusion`) is neither written nor read
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rhino_jax.cluster.hardware import Device, column
 from rhino_jax.cluster.kernels import (
     BATCHED,
+    COLUMNS,
     CONVOLUTION,
     ELEMENTWISE,
     FUSING,
@@ -169,7 +170,8 @@ def kernel_work(
     flops = op_flops(op, rule, choice, mesh)
     dtypes = tuple(v.dtype for v in reads[:2])
     size = _size(op.kind, flops, rule, choice, mesh)
-    return _roofline(op.kind, flops, size, num_bytes, dtypes, device)
+    moved = memory_seconds(num_bytes, device, _reading(op, reads))
+    return _roofline(op.kind, flops, size, num_bytes, moved, dtypes, device)
 
 
 def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Work:
@@ -205,17 +207,29 @@ def instruction_work(
     flops = 0
     size: tuple[float, ...] = ()
     dtypes: tuple[str, ...] = ()
+    kind = READS.get(at.kind, ELEMENTWISE)
+    if at.op is not None and at.step is None:
+        kind = _reading(at.op, at.program.operand_values(at.op))
     if at.rule is not None and at.op is not None and at.step is None:
         flops = op_flops(at.op, at.rule, at.plan.choice, mesh)
         dtypes = _dtypes(at.program, at.op)
         size = _size(at.kind, flops, at.rule, at.plan.choice, mesh)
-    work = _roofline(at.kind, flops, size, num_bytes, dtypes, device)
+    moved = memory_seconds(num_bytes, device, kind)
+    work = _roofline(at.kind, flops, size, num_bytes, moved, dtypes, device)
     launched = kernels_of(device).launch_seconds if num_bytes else 0.0
     return replace(work, seconds=work.seconds + launched)
 
 
 def _dtypes(program: Program, op: Op) -> tuple[str, ...]:
     return tuple(program.values[v].dtype for v in op.operands[:2])
+
+
+def _reading(op: Op, reads: Sequence[Value]) -> str:
+    """The kind of kernel by which an op's bytes are priced."""
+    found = READS.get(op.kind, ELEMENTWISE)
+    if found != REDUCTION or not reads or "axes" not in op.param:
+        return found
+    return found if len(reads[0].shape) - 1 in op.param["axes"] else COLUMNS
 
 
 def _size(
@@ -232,10 +246,11 @@ def _roofline(
     flops: int,
     size: tuple[float, ...],
     num_bytes: int,
+    moved_seconds: float,
     dtypes: tuple[str, ...],
     device: Device,
 ) -> Work:
-    seconds = memory_seconds(num_bytes, device, READS.get(kind, ELEMENTWISE))
+    seconds = moved_seconds
     if flops:
         slowest = min(dtypes, key=device.flops_per_second)
         batched = BATCHED if size[0] > 1 else PRODUCT

@@ -20,6 +20,7 @@ import numpy as np
 from rhino_jax.cluster.hardware import CPU, CUDA, TPU
 from rhino_jax.cluster.kernels import (
     BATCHED,
+    COLUMNS,
     CONVOLUTION,
     ELEMENTWISE,
     GATHER,
@@ -98,9 +99,8 @@ def summed(shape: tuple[int, ...], dtype: str, axis: int) -> Kernel:
     def f(x: Any) -> Any:
         return x.sum(axis)
 
-    return Kernel(
-        f"sum over {axis}", f, (shape,), dtype, 0, size, (), REDUCTION, (size,)
-    )
+    curve = COLUMNS if axis == 0 else REDUCTION
+    return Kernel(f"sum over {axis}", f, (shape,), dtype, 0, size, (), curve, (size,))
 
 
 def gathered(rows: int, width: int, many: int, dtype: str) -> Kernel:
@@ -255,7 +255,9 @@ def kernels(grid: Grid) -> Iterator[Kernel]:
 def _moving(grid: Grid, num_bytes: int) -> Iterator[Kernel]:
     """Kernels that move about ``num_bytes``."""
     yield elementwise("copy", lambda x: x + 1, (num_bytes // 8,), "float32")
-    yield summed((max(num_bytes // 4 // grid.width, 1), grid.width), "float32", 1)
+    rows = max(num_bytes // 4 // grid.width, 1)
+    yield summed((rows, grid.width), "float32", 1)
+    yield summed((rows, grid.width), "float32", 0)
     many = num_bytes // 8 // grid.width
     if many:
         yield gathered(grid.rows, grid.width, many, "float32")
