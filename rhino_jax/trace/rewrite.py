@@ -60,10 +60,32 @@ def _gamma(eqn: Any) -> Callable[..., Any]:
     return lambda keys, a: compat.gamma_samples(keys, a, eqn.params["log_space"])
 
 
+def _mulhi(eqn: Any) -> Callable[..., Any]:
+    return high_half
+
+
+def high_half(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The upper half of ``x * y``, by halves of words.
+
+    ``lax.mulhi`` has no lowering inside a ``shard_map`` in jax 0.10.2.
+    """
+    bits = x.dtype.itemsize * 8
+    half, unsigned = bits // 2, jnp.dtype(f"uint{bits}")
+    mask = jnp.asarray(2**half - 1, unsigned)
+    a, b = x.astype(unsigned), y.astype(unsigned)
+    above = (a >> half) * (b & mask) + ((a & mask) * (b & mask) >> half)
+    below = (a & mask) * (b >> half) + (above & mask)
+    high = (a >> half) * (b >> half) + (above >> half) + (below >> half)
+    if jnp.issubdtype(x.dtype, jnp.signedinteger):
+        high -= jnp.where(x < 0, b, 0) + jnp.where(y < 0, a, 0)
+    return high.astype(x.dtype)
+
+
 REWRITES: Mapping[str, Callable[[Any], Callable[..., Any] | None]] = {
     "while": _while,
     "custom_linear_solve": _linear_solve,
     "random_gamma": _gamma,
+    "mulhi": _mulhi,
 }
 """Primitive -> from its equation a function of the same operands, or None."""
 

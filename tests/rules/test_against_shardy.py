@@ -489,7 +489,6 @@ NO_RULE: dict[str, tuple[Any, ...]] = {
     },
     "regularized_incomplete_beta": (lax.betainc, X, X, X),
     "top_k": (lambda x: lax.top_k(x, 2), X),
-    "mulhi": (lax.mulhi, i32(8, 6), i32(8, 6)),
     "io_callback": (lambda x: io_callback(np.sin, X, x), X),
     "pure_callback": (lambda x: jax.pure_callback(np.sin, X, x), X),
     "debug_callback": (lambda x: jax.debug.callback(print, x), X),
@@ -517,7 +516,8 @@ UNASKED = set(
     log2 one_minus_square eq_to le_to lt_to
     random_bits random_clone random_fold_in random_seed random_split random_unwrap
     random_wrap copy_p random_gamma_grad rematerialize
-    reciprocal tie geqp3 ormqr philox2x32 philox4x32 threefry4x32 layout_constraint
+    mulhi reciprocal tie geqp3 ormqr philox2x32 philox4x32 threefry4x32
+    layout_constraint
     reshard
     sharding_constraint ffi_call pallas_call platform_index
     """.split()

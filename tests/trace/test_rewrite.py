@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from benchmarks.fuzz import random_plan
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.lower.program import jit_step
 from rhino_jax.trace import Traced, trace
+from rhino_jax.trace.rewrite import high_half
 
 MESH = Mesh.of(x=2, y=4)
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
@@ -70,3 +72,13 @@ def test_solves_and_references(device_mesh: Any) -> None:
 def test_gamma_draws_are_taken_apart() -> None:
     traced = trace(lambda k, a: jax.random.gamma(k, a), (jax.random.key(0), X + 4))
     assert "while" in kinds(traced) and "random_gamma" not in kinds(traced)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int8, np.uint16])
+def test_the_upper_half_of_a_product(dtype: Any) -> None:
+    info, rng = np.iinfo(dtype), np.random.default_rng(0)
+    x, y = rng.integers(info.min, info.max, (2, 64), dtype, endpoint=True)
+    x[:4], y[:4] = (info.min, info.max, info.min, 0), (info.min, info.max, 1, info.max)
+    wanted = [(int(a) * int(b)) >> info.bits for a, b in zip(x, y, strict=True)]
+    np.testing.assert_array_equal(high_half(jnp.asarray(x), jnp.asarray(y)), wanted)
+    assert "mulhi" not in kinds(trace(lambda x, y: lax.mulhi(x, y), (x, y)))
