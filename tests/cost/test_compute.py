@@ -214,3 +214,44 @@ def test_an_op_without_a_table_entry_is_bound_by_memory() -> None:
     assert found == Work(
         0, 80, pytest.approx(40 * SHARE[kernels.OPERANDS] / SHARE[kernels.ELEMENTWISE])
     )
+
+
+def test_kinds_of_kernels_have_curves_of_their_own() -> None:
+    shares = {
+        kernels.PRODUCT: 0.5,
+        kernels.CONVOLUTION: 0.5,
+        kernels.ELEMENTWISE: 0.8,
+        kernels.REDUCTION: 0.4,
+        kernels.COLUMNS: 0.2,
+        kernels.GATHER: 0.1,
+    }
+    curves = tuple(kernels.Curve(kind, "", (), (x,)) for kind, x in shares.items())
+    known = kernels.Kernels(curves, 0.0, "made up", traffic=0.5)
+    device = replace(SLOW, memory_bytes_per_second=1.0, kernels=known)
+
+    def seconds(step: object, *args: jax.ShapeDtypeStruct) -> float:
+        of, assignment = traced_whole(step, *args)
+        unfolded = unfold(of, assignment, ONE, rule_of)
+        return work_of(unfolded, fusion(unfolded), ONE, device).seconds
+
+    x, at = f32(10, 20), jax.ShapeDtypeStruct((3,), jnp.int32)
+    assert seconds(jnp.tanh, x) == pytest.approx(0.5 * 1600 / 0.8)
+    assert seconds(lambda x: x.sum(1), x) == pytest.approx(0.5 * 840 / 0.4)
+    assert seconds(lambda x: x.sum(0), x) == pytest.approx(0.5 * 880 / 0.2)
+    rows = seconds(lambda x, at: x.at[at].get(mode="promise_in_bounds"), x, at)
+    assert rows > 2 * 3 * 20 * 4 / 0.1, "all its bytes, at the share of gathers"
+
+
+def test_a_products_share_is_that_of_its_size() -> None:
+    (op,) = PRODUCT.ops
+    rule = rule_of(PRODUCT, op)
+    axes = ((8.0, 16.0), (4.0, 8.0), (6.0, 12.0))
+    curve = kernels.Curve(kernels.PRODUCT, "f32", axes, (0.1, *(0.9,) * 7))
+    others = (kernels.CONVOLUTION, kernels.ELEMENTWISE)
+    rest = (kernels.Curve(kind, "", (), (1.0,)) for kind in others)
+    known = kernels.Kernels((curve, *rest), 0.0, "made up")
+    device = replace(
+        SLOW, f32_flops_per_second=1.0, memory_bytes_per_second=1e9, kernels=known
+    )
+    found = op_work(PRODUCT, op, rule, Choice(), ONE, device)
+    assert found.seconds == pytest.approx(2 * 8 * 4 * 6 / 0.1)
