@@ -44,7 +44,7 @@ FORMAT, VERSION = "rhino-profile", 1
 MEASURED, COMPILE_ONLY = "measured", "compile-only"
 MADE = (MEASURED, COMPILE_ONLY)
 COLLECTIVES = (ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER)
-SHIPPED = ("a100-80", "b200", "h100", "h200", "v5e", "v5p")
+SHIPPED = ("a100-80", "b200", "h100", "h200", "v5e", "v5p", "v6e")
 """Devices whose compile-only profile comes with Rhino."""
 REFERENCE = "h100"
 """The card whose measured shares devices without a profile of their own have."""
