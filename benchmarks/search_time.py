@@ -24,6 +24,7 @@ from rhino_jax.search.meshes import candidate_meshes
 
 GOAL_SECONDS = {1: 5.0, 2: 20.0}
 GOAL_GROWTH = 1.5
+GOAL_READING_SECONDS = 100e-6
 
 
 def measured(
@@ -60,7 +61,12 @@ def measured(
         began = time.perf_counter()
         found = plan_search(subject, wish)
         row[f"level_{level}_seconds"] = time.perf_counter() - began
+        programs = {
+            c.subject.program.digest: c.subject.program for c in found.considered
+        }
         row[f"level_{level}_reading"] = found.reading_seconds
+        row[f"level_{level}_writing"] = found.writing_seconds
+        row[f"level_{level}_read"] = sum(len(p.ops) for p in programs.values())
         row[f"level_{level}_plan"] = str(found.best)
         took = row[f"level_{level}_seconds"]
         del found  # what it takes to free it is not the next search's
@@ -81,21 +87,38 @@ def main(model: str, cluster: str, depths: str, levels: str, tight: float) -> No
     wanted = tuple(int(level) for level in levels.split(","))
     rows = [measured(model, int(d), cluster, wanted, tight) for d in depths.split(",")]
     table = Table(title=f"{model} on {cluster}", box=None)
-    for heading in ("layers", "ops", "trace s", "level", "read s", "search s", "plan"):
+    for heading in (
+        "layers",
+        "ops",
+        "trace s",
+        "level",
+        "read s",
+        "us an op",
+        "write s",
+        "search s",
+        "plan",
+    ):
         table.add_column(heading)
     missed = []
     for level in wanted:
         alone = []
         for row in rows:
-            read, total = row[f"level_{level}_reading"], row[f"level_{level}_seconds"]
-            alone.append(total - read)
+            read, wrote, ops, total = (
+                row[f"level_{level}_{what}"]
+                for what in ("reading", "writing", "read", "seconds")
+            )
+            alone.append(total - read - wrote)
+            if read > GOAL_READING_SECONDS * ops:
+                missed.append(f"reading: {read / ops * 1e6:.0f} us an op")
             table.add_row(
                 str(row["depth"]),
                 str(row["ops"]),
                 f"{row['trace_seconds']:.1f}",
                 str(level),
                 f"{read:.2f}",
-                f"{total - read:.2f}",
+                f"{read / ops * 1e6:.0f}",
+                f"{wrote:.2f}",
+                f"{alone[-1]:.2f}",
                 row[f"level_{level}_plan"],
             )
         if not tight and rows[0][f"level_{level}_seconds"] > GOAL_SECONDS[level]:

@@ -44,6 +44,7 @@ NOTHING = (
     "remat boundary changes nothing: layers are in a jax.checkpoint already, or there "
     "is one only"
 )
+READING, WRITING = "reading", "writing"
 MOST_CORRECTIONS = 4
 """How often segments are chosen again because their plan did not fit after all."""
 
@@ -115,7 +116,9 @@ class Searched:
     considered: tuple[Candidate, ...]
     notes: tuple[str, ...] = ()
     reading_seconds: float = field(default=0.0, compare=False)
-    """Time that grows with the Program: reading it, writing and predicting plans."""
+    """Time to read the Program, and again with layers rematerialized."""
+    writing_seconds: float = field(default=0.0, compare=False)
+    """Time to write plans and predict them. Both grow with the Program."""
 
 
 def plan_search(subject: Subject, wish: Wish) -> Searched:
@@ -152,7 +155,7 @@ class _Search:
         self.considered: list[Candidate] = []
         self.notes: dict[str, None] = {}
         self.refused = False
-        self.reading_seconds = 0.0
+        self.spent = {READING: 0.0, WRITING: 0.0}
 
     def run(self) -> Searched:
         for found in self._ways():
@@ -164,7 +167,7 @@ class _Search:
                 best = min([*fitting, *self._fitting(fewer)], key=_rank)
                 notes = (*self.notes, *self._unproven(best))
                 considered = tuple(self.considered)
-                return Searched(best, considered, notes, self.reading_seconds)
+                return Searched(best, considered, notes, *self.spent.values())
         raise self._infeasible()
 
     def _unproven(self, best: Candidate) -> Iterator[str]:
@@ -199,7 +202,7 @@ class _Search:
         self, policies: Sequence[str], counts: Sequence[int]
     ) -> Iterator[Candidate]:
         for policy in policies:
-            with self._reading():
+            with self._timed(READING):
                 subject = self._under(policy)
             if policy != NONE and subject.program is self.subject.program:
                 if not self.wish.remat:
@@ -249,7 +252,7 @@ class _Search:
         return [c for c in self.considered if (c.remat, c.microbatches) == (NONE, 1)]
 
     def _segments(self, plain: Candidate) -> Segmented:
-        with self._reading():
+        with self._timed(WRITING):
             return segment_costs(
                 plain.subject,
                 plain.assignment,
@@ -283,13 +286,13 @@ class _Search:
         """``plain`` with ``chosen`` segments recomputed: sought from there."""
         sought = plain.sought
         assert sought is not None
-        with self._reading():
+        with self._timed(READING):
             subject = self._under(BOUNDARY, chosen)
             reading = read_again(subject, sought.reading)
             start = carried(sought.answer, sought.energy.graph, reading.graph)
         price = plain.byte_seconds
         one = self._on(reading, plain.mesh, price, start)
-        with self._reading():
+        with self._timed(WRITING):
             found = self._candidate(one, BOUNDARY, 1, price)
         assert found is not None
         return replace(found, segments=chosen)
@@ -297,7 +300,7 @@ class _Search:
     def _on_meshes(
         self, subject: Subject, policy: str, counts: Sequence[int]
     ) -> Iterator[Candidate]:
-        with self._reading():
+        with self._timed(READING):
             reading = read(subject)
         meshes = [self._on(reading, mesh) for mesh in self.meshes]
         meshes.sort(key=lambda one: one.answer.ticks)
@@ -370,7 +373,7 @@ class _Search:
             if answer in seen:
                 continue
             seen.add(answer)
-            with self._reading():
+            with self._timed(WRITING):
                 found = self._candidate(
                     replace(one, answer=answer), policy, count, per_byte
                 )
@@ -420,10 +423,10 @@ class _Search:
         )
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _timed(self, what: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        self.reading_seconds += time.perf_counter() - began
+        self.spent[what] += time.perf_counter() - began
 
     def _fitting(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         return [c for c in candidates if self._fits(c)]
