@@ -66,6 +66,8 @@ _ORDER = (
 _FIRST = -1
 """The rank of steps over time."""
 
+Rank = tuple[int, int]
+
 Change = tuple[str, tuple[str, ...], Layout]
 """One step to take: its kind, its axes, the layout after it."""
 
@@ -86,12 +88,12 @@ def route(
     if alone is not None:
         return alone
     number = itertools.count()
-    # (bytes, steps, kinds in order) decide; the number only keeps layouts uncompared.
-    queue: list[tuple[int, int, tuple[int, ...], int, Layout, tuple[Step, ...]]]
+    # (bytes, steps, their ranks) decide; the number only keeps layouts uncompared.
+    queue: list[tuple[int, int, tuple[Rank, ...], int, Layout, tuple[Step, ...]]]
     queue = [(0, 0, (), next(number), source, ())]
     done: set[Layout] = set()
     while queue:
-        sent, count, kinds, _, now, steps = heapq.heappop(queue)
+        sent, count, ranks, _, now, steps = heapq.heappop(queue)
         if now == target:
             return steps
         if now in done:
@@ -101,10 +103,18 @@ def route(
             if after not in done:
                 more = _wire_bytes(kind, shape, dtype, now, after, mesh, axes)
                 step = Step(kind, axes, now, after, more)
-                rank = (*kinds, _FIRST if TIME in axes else _ORDER.index(kind))
+                rank = (*ranks, _rank(kind, axes, now))
                 entry = (sent + more, count + 1, rank, next(number), after)
                 heapq.heappush(queue, (*entry, (*steps, step)))
     raise AssertionError(f"no way from {source} to {target} for {shape} on ({mesh})")
+
+
+def _rank(kind: str, axes: tuple[str, ...], now: Layout) -> Rank:
+    """What is done first, of ways that are equal else: by kind; gathers from the
+    innermost axis out, so that what is there lies in a row."""
+    digit = now.find(axes[0]) if kind == ALL_GATHER else None
+    stride = digit[1].stride if digit else 0
+    return _FIRST if TIME in axes else _ORDER.index(kind), stride
 
 
 def _alone(
@@ -215,6 +225,10 @@ def _changes(
                 yield kind, axes, after
 
 
+SINGLY = (REDUCE_SCATTER, ALL_GATHER)
+"""Collectives that take the axes of a torus one after the other."""
+
+
 def _operator(kind: str, now: State, goal: State) -> str:
     """The operator of a step that combines terms or makes some: one to a step."""
     state = now if kind == ALL_REDUCE else goal
@@ -227,7 +241,8 @@ def _groups(
     """The sets of axes that one collective of ``kind`` may take together.
 
     A TPU compiler turns a reduce-scatter over its whole torus into an all-reduce and a
-    slice, twice the bytes; one axis after the other sends the same and stays real.
+    slice, a small gather into an all-reduce: twice the bytes. One axis after the other
+    sends the same and stays real.
     """
     links = {axis.name: axis.link for axis in mesh.axes}
     for count in range(1, len(single) + 1):
@@ -235,7 +250,7 @@ def _groups(
             torus = all(links[axis] == TORUS for axis, _ in group)
             if count > 1 and any(axis == TIME for axis, _ in group):
                 continue
-            if count == 1 or not (torus and kind == REDUCE_SCATTER):
+            if count == 1 or not (torus and kind in SINGLY):
                 yield group
 
 

@@ -13,7 +13,7 @@ from rhino_jax.cost.reshard import local_bytes, route, wire_bytes
 from rhino_jax.ir.layout import Layout, parse_layout
 from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.ir.program import itemsize
-from rhino_jax.ir.steps import FREE, REDUCE_SCATTER, Step
+from rhino_jax.ir.steps import ALL_GATHER, FREE, REDUCE_SCATTER, Step
 from tests.layouts import random_layout, random_mesh, random_shape
 
 RANDOM = st.randoms(use_true_random=False)
@@ -205,7 +205,7 @@ def test_known_cheapest(name: str) -> None:
     assert steps_of(Mesh.of(x=2, y=4, z=2), (8, 8), source, target) == expected
 
 
-def test_on_a_torus_axes_are_scattered_one_by_one() -> None:
+def test_on_a_torus_axes_are_scattered_and_gathered_one_by_one() -> None:
     """With as many bytes as at once; all else stays together."""
     mesh = Mesh.of(x=2, y=4)
     torus = mesh.linked(TORUS)
@@ -214,21 +214,25 @@ def test_on_a_torus_axes_are_scattered_one_by_one() -> None:
         "reduce-scatter x",
         "reduce-scatter y",
     ]
-    sent = [
-        wire_bytes((8, 8), "float32", parse_layout(term), parse_layout(split), m)
-        for m in (mesh, torus)
-    ]
-    assert sent[0] == sent[1]
-    assert steps_of(torus, (8, 8), split, "[-,-]") == ["all-gather x,y"]
+    gathered = ["all-gather y", "all-gather x"]
+    assert steps_of(torus, (8, 8), "[x/4.y/1,-]", "[-,-]") == gathered
+    assert steps_of(torus, (8, 8), "[y/2.x/1,-]", "[-,-]") == gathered[::-1]
+    for source, target in ((term, split), ("[x/4.y/1,-]", "[-,-]")):
+        one, other = (
+            wire_bytes((8, 8), "float32", parse_layout(source), parse_layout(target), m)
+            for m in (mesh, torus)
+        )
+        assert one == other
     assert steps_of(torus, (8, 8), term, "[-,-]") == ["all-reduce x,y"]
 
 
 @given(RANDOM)
 @settings(max_examples=60, deadline=None)
-def test_no_scatter_on_a_torus_takes_two_axes(rng: random.Random) -> None:
+def test_no_scatter_or_gather_on_a_torus_takes_two_axes(rng: random.Random) -> None:
     shape, source, target, mesh = drawn(rng)
     steps = route(shape, "float32", source, target, mesh.linked(TORUS))
-    assert all(len(s.axes) == 1 for s in steps if s.kind == REDUCE_SCATTER)
+    singly = (ALL_GATHER, REDUCE_SCATTER)
+    assert all(len(s.axes) == 1 for s in steps if s.kind in singly)
 
 
 def test_axes_of_one_device_cost_nothing() -> None:
