@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from rhino_jax.api.activations import activations
+from rhino_jax.api.attached import attached_cluster
+from rhino_jax.api.cache import folder_of
 from rhino_jax.api.passing import Passing
 from rhino_jax.api.planned import Planned, subject_of
+from rhino_jax.api.simulated import simulated
+from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.errors import VerifyError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.pipeline.chunks import Chunks
 from rhino_jax.ir.spans import numbers
 from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.lower.program import SignatureChanged
+from rhino_jax.options import Options
 from rhino_jax.plan import Stages
 from rhino_jax.report.stages import StageRow, stage_rows, stage_table
 from rhino_jax.report.text import plan_text
+from rhino_jax.report.timeline import write_timeline
 from rhino_jax.runtime.build import task_graph
 from rhino_jax.runtime.controller import Controller, lowered
 from rhino_jax.runtime.tasks import TaskGraph
@@ -101,6 +108,22 @@ class PipelinePlanned(Planned):
     def graph(self) -> TaskGraph:
         """The tasks of one step."""
         return graph_of(self.divided, self.programs, self.schedule, self.traced.donated)
+
+    def timeline(self, path: str | Path) -> None:
+        """Write the schedule on the predicted clock, as a trace that Perfetto shows.
+
+        When every worker runs which half of which stage for which microbatch, and what
+        it sends; what is done before and behind the loop is not in it.
+        """
+        described = self.plan.cluster
+        devices = [] if described else list(self.jax_mesh.devices.flat)
+        cluster = (
+            parse_cluster(described)
+            if described
+            else attached_cluster(devices, folder_of(Options()))
+        )
+        run, _ = simulated(self.programs, self.schedule, cluster)
+        write_timeline(run, path)
 
     @cached_property
     def stage_rows(self) -> tuple[StageRow, ...]:

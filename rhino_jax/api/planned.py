@@ -16,7 +16,7 @@ from rhino_jax.api.verified import Verified
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster, linked, part
 from rhino_jax.cost.model import Prediction, predict
-from rhino_jax.errors import MeshError
+from rhino_jax.errors import MeshError, OptionsError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.lower.devices import device_mesh
 from rhino_jax.lower.program import SignatureChanged, as_function, jit_step
@@ -88,6 +88,17 @@ class Planned:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; :func:`rhino_jax.plan` takes it back."""
         self.plan.save(path)
+
+    def timeline(self, path: str | Path) -> None:
+        """Write when every worker of a pipeline runs what, as a trace for Perfetto.
+
+        Raises:
+            OptionsError: the plan has no pipeline stages.
+        """
+        raise OptionsError(
+            f"{path}: a plan without pipeline stages runs as one program and has no "
+            "timeline; ask for pipeline_stages="
+        )
 
     def diff(self, other: Planned | Plan) -> tuple[str, ...]:
         """What ``other`` does otherwise, one line each."""

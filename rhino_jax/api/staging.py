@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from rhino_jax.api.pipelined import chunks_of, graph_of, schedule_of
-from rhino_jax.cluster.topology import Cluster, Link, between_parts, part
+from rhino_jax.api.simulated import simulated
+from rhino_jax.cluster.topology import Cluster, between_parts, part
 from rhino_jax.cost.stretches import op_seconds
 from rhino_jax.errors import InfeasibleError, MeshError, OptionsError
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.pipeline.chunks import crossing
-from rhino_jax.ir.pipeline.flow import LOOP, OP
 from rhino_jax.ir.spans import spans
 from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.options import Options
 from rhino_jax.plan import Predicted, Stages
 from rhino_jax.report.text import bytes_text
 from rhino_jax.rules import rule_of
-from rhino_jax.schedule.simulate import simulate
-from rhino_jax.schedule.tasks import KINDS
 from rhino_jax.search.auto import Candidate
 from rhino_jax.search.stages import cut_stages
 from rhino_jax.search.staging import Divided, check_stages, problem_of, runs
@@ -150,17 +146,10 @@ def predicted_of(
             f"limit of {bytes_text(limit_bytes)}; use more stages, remat="
             "'boundary', or schedule='1f1b' with more microbatches"
         )
-    share = part(cluster, stages.num_workers)
-    spent = op_seconds(program, assignment, best.mesh, share, rule_of)
-    inside, outside = _seconds(programs, spent, best.microbatches)
-    timeline = simulate(
-        schedule,
-        {task.kind: inside[task.kind] for task in schedule.tasks},
-        **_transfers(programs, between_parts(cluster)),
-    )
+    timeline, outside_seconds = simulated(programs, schedule, cluster)
     one = best.prediction
     return Predicted(
-        timeline.makespan_seconds + max(outside),
+        timeline.makespan_seconds + outside_seconds,
         one.compute_seconds / stages.num_workers,
         one.comm_seconds / stages.num_workers,
         peak,
@@ -168,37 +157,3 @@ def predicted_of(
         one.flops / stages.num_workers,
         best.byte_seconds,
     )
-
-
-def _seconds(
-    programs: StagePrograms, spent: Mapping[int, float], microbatches: int
-) -> tuple[Mapping[str, Sequence[float]], Sequence[float]]:
-    """Of every kind of task, by stage; and of every worker outside the loop."""
-    chunks, producer = programs.chunks, programs.program.producer
-    inside = {kind: [0.0] * chunks.num_stages for kind in KINDS}
-    outside = [0.0] * (max(programs.worker_of) + 1)
-    for chunk in chunks.chunks:
-        total = 0.0
-        for unit in (chunks.flow.units[n] for n in chunk.units):
-            if unit.kind == OP:
-                total += spent.get(unit.index, 0.0)
-            elif unit.how:
-                maker = producer[programs.move(unit.index).value]
-                total += spent.get(~maker, 0.0)
-        stage = chunk.key.stage
-        if chunk.key.phase == LOOP:
-            inside[chunks.kind_of(chunk.key)][stage] += total / microbatches
-        else:
-            outside[programs.worker_of[stage]] += total
-    return inside, outside
-
-
-def _transfers(programs: StagePrograms, link: Link) -> dict[str, Any]:
-    """What stages send for a microbatch, as the simulator takes it."""
-    sent: dict[tuple[int, int], float] = {}
-    for edge, phase, version in crossing(programs.chunks, programs.inputs):
-        if phase == LOOP:
-            seconds = programs.num_bytes(version) / link.bytes_per_second
-            sent[edge] = sent.get(edge, link.latency_seconds) + seconds
-    edges = tuple(sorted({(min(edge), max(edge)) for edge in sent}))
-    return {"edges": edges, "transfer_seconds": sent}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -287,6 +288,23 @@ def test_a_plan_prints_and_comes_back(tmp_path: Path) -> None:
     assert any("stages: 4 stages" in line for line in planned.diff(other))
     bound = rhino.auto_parallel(plan=loaded, cache_dir="")(step)
     assert bound.planned(state, batch).plan == planned.plan
+
+
+def test_the_schedule_is_drawn_on_the_predicted_clock(tmp_path: Path) -> None:
+    step, state, batch = STEPS["towers"]()
+    planned = rhino.auto_parallel(pipeline_stages=2, **WORKERS)(step).planned(
+        state, batch
+    )
+    assert isinstance(planned, PipelinePlanned) and planned.predicted is not None
+    planned.timeline(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    kinds = {task.kind for task in planned.schedule.tasks}
+    runs = [e for e in events if e["ph"] == "X" and e["cat"] in kinds]
+    assert len(runs) == len(planned.schedule.tasks)
+    end = max(e["ts"] + e["dur"] for e in runs)
+    assert 0 < end <= planned.predicted.step_seconds * 1e6 * (1 + 1e-9)
+    with pytest.raises(errors.OptionsError, match="pipeline_stages"):
+        rhino.plan(step, state, batch, cache_dir="").timeline(tmp_path / "none.json")
 
 
 def test_kept_plans_are_kept_apart(tmp_path: Path) -> None:
