@@ -292,9 +292,7 @@ def test_a_plan_prints_and_comes_back(tmp_path: Path) -> None:
 
 def test_the_schedule_is_drawn_on_the_predicted_clock(tmp_path: Path) -> None:
     step, state, batch = STEPS["towers"]()
-    planned = rhino.auto_parallel(pipeline_stages=2, **WORKERS)(step).planned(
-        state, batch
-    )
+    planned = rhino.plan(step, state, batch, pipeline_stages=2, cache_dir="")
     assert isinstance(planned, PipelinePlanned) and planned.predicted is not None
     planned.timeline(tmp_path / "trace.json")
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
