@@ -298,7 +298,7 @@ def test_the_schedule_is_drawn_on_the_predicted_clock(tmp_path: Path) -> None:
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     kinds = {task.kind for task in planned.schedule.tasks}
     runs = [e for e in events if e["ph"] == "X" and e["cat"] in kinds]
-    assert len(runs) == len(planned.schedule.tasks)
+    assert len(runs) == len(list(planned.schedule.tasks))
     end = max(e["ts"] + e["dur"] for e in runs)
     assert 0 < end <= planned.predicted.step_seconds * 1e6 * (1 + 1e-9)
     with pytest.raises(errors.OptionsError, match="pipeline_stages"):
