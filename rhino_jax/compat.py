@@ -25,8 +25,12 @@ from jax._src.lax import lax as lax_internal
 from jax._src.lib import xla_client
 from jax._src.state.discharge import discharge_state
 from jax._src.state.types import RefEffect
-from jax._src.tree_util import FlatTree
 from jaxlib.mlir import ir, passmanager
+
+try:
+    from jax._src.flattree import FlatTree
+except ImportError:  # jax 0.10
+    from jax._src.tree_util import FlatTree
 
 JaxprEqn = jex.core.JaxprEqn
 ClosedJaxpr = jex.core.ClosedJaxpr
