@@ -18,7 +18,7 @@ import pytest
 import rhino_jax as rhino
 from rhino_jax.api.checkpoint import by_path, differences
 from rhino_jax.errors import CheckpointError, SignatureError
-from tests.api.resumed import Slots, X, init, losses, make
+from tests.api.resumed import EMPTY_LEAVES, Slots, X, init, losses, make
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,9 @@ def test_another_plan_goes_on_with_the_same_losses(
         and isinstance(state["slots"], Slots)
         and int(state["count"]) == 2
     )
-    assert state["half"].dtype == jnp.bfloat16 and state["empty"].shape == (0, 3)
+    assert state["half"].dtype == jnp.bfloat16
+    if EMPTY_LEAVES:
+        assert state["empty"].shape == (0, 3)
     found, _ = losses(other, state, 3)
     assert len(other._entries) == 1, "what was restored is what was planned"
     np.testing.assert_allclose(found, expected, rtol=1e-6)
