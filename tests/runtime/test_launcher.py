@@ -75,6 +75,7 @@ while not (folder / "pid1").exists():
 other = int((folder / "pid1").read_text() or 0)
 while open(f"/proc/{{other}}/stat").read().split()[2] not in "ZX":
     time.sleep(0.001)
+time.sleep(0.2)  # as long as it takes to notice at the soonest
 sys.exit(3)
 """
     dead = start(tmp_path, script, {})
