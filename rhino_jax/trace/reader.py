@@ -40,6 +40,7 @@ INLINED: Mapping[str, str] = {
     "composite": "jaxpr",
     "custom_partitioning": "call",
     "custom_vmap_call": "call",
+    "eval_jaxpr": "call_jaxpr",
     "linear_call": "callee",
     "remat_opt": "fwd_jaxpr",
 }

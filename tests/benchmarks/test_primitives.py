@@ -11,11 +11,15 @@ from benchmarks.primitives import PLACE, Census, census, markdown
 
 seen = cache(census)
 
+NEWER = {"empty", "call_hi_primitive"}
+"""Of jax 0.11: planned by fallback."""
+
 
 def test_every_primitive_has_a_rule() -> None:
     found: Census = seen()
     assert found.functions > 500
-    assert found.without_a_rule == []
+    newer = set() if jax.__version__.startswith("0.10.") else NEWER
+    assert set(found.without_a_rule) <= newer
 
 
 def test_the_table_in_the_docs_is_up_to_date() -> None:
