@@ -70,11 +70,13 @@ if rank == 1:
     time.sleep(0.3)
     {death}
 {IGNORES}
-while not (folder / "pid1").exists():
+pid1, other = folder / "pid1", ""
+while not other:  # a file that is there may be empty still
     time.sleep(0.01)
-other = int((folder / "pid1").read_text() or 0)
-while open(f"/proc/{{other}}/stat").read().split()[2] not in "ZX":
-    time.sleep(0.001)
+    other = pid1.read_text() if pid1.exists() else ""
+stat = Path(f"/proc/{{other}}/stat")
+while stat.exists() and stat.read_text().split()[2] not in "ZX":
+    time.sleep(0.01)
 time.sleep(0.2)  # as long as it takes to notice at the soonest
 sys.exit(3)
 """
