@@ -77,12 +77,10 @@ def kernels_row(name: str) -> dict[str, Any]:
     return {"errors": errors}
 
 
-def predicted(
-    model: str, cluster: Cluster, text: str, size: str, depth: int, **how: Any
-) -> tuple[Any, Prediction]:
-    """A recipe's plan, and its price on ``cluster``."""
+def planned_for(text: str, model: str, size: str, depth: int, **how: Any) -> Any:
+    """A model of the zoo planned for the cluster ``text``."""
     made = build(model, size=size, dtype="bfloat16", depth=depth)
-    planned = rhino.plan(
+    return rhino.plan(
         made.train_step,
         made.state_shapes,
         made.batch_shapes,
@@ -90,6 +88,13 @@ def predicted(
         cache_dir="",
         **how,
     )
+
+
+def predicted(
+    model: str, cluster: Cluster, text: str, size: str, depth: int, **how: Any
+) -> tuple[Any, Prediction]:
+    """A recipe's plan, and its price on ``cluster``."""
+    planned = planned_for(text, model, size, depth, **how)
     plan, traced = planned.plan, planned.traced
     mesh = linked(cluster, plan.mesh)
     donated = traced.donated
@@ -100,15 +105,7 @@ def predicted(
 def _compiled(name: str, model: str, size: str, depth: int) -> Any:
     """One device's name, and what its compiler makes of a whole step."""
     text = f"{name}:" + "x".join("1" * TORUS_DIMENSIONS.get(name, 2))
-    made = build(model, size=size, dtype="bfloat16", depth=depth)
-    planned = rhino.plan(
-        made.train_step,
-        made.state_shapes,
-        made.batch_shapes,
-        cluster=text,
-        recipe="data_parallel",
-        cache_dir="",
-    )
+    planned = planned_for(text, model, size, depth, recipe="data_parallel")
     target = parse_target(text)
     options = options_of(target)
     return text, compile_for(

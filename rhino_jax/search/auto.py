@@ -32,7 +32,6 @@ from rhino_jax.search.prices import ClusterPrices, Prices
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
 from rhino_jax.search.selective import Chosen, Segmented, chosen_segments, segment_costs
 from rhino_jax.search.specs import Spec
-from rhino_jax.search.staging import Divided
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
 
@@ -167,7 +166,8 @@ class _Search:
                 best = min([*fitting, *self._fitting(fewer)], key=_rank)
                 notes = (*self.notes, *self._unproven(best))
                 considered = tuple(self.considered)
-                return Searched(best, considered, notes, *self.spent.values())
+                times = self.spent[READING], self.spent[WRITING]
+                return Searched(best, considered, notes, *times)
         raise self._infeasible()
 
     def _unproven(self, best: Candidate) -> Iterator[str]:
@@ -395,7 +395,7 @@ class _Search:
         mesh = one.energy.mesh
         over = mesh
         if count > 1:
-            owner = Divided(subject).segmentation.owner if self.wish.pipeline else ()
+            owner = subject.segmentation.owner if self.wish.pipeline else ()
             timed = microbatched(subject, assignment, mesh, count, owner)
             if isinstance(timed, Refusal):
                 self.notes.update(

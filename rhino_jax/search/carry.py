@@ -75,8 +75,10 @@ def _same(before: Graph, after: Graph) -> list[tuple[int, int]]:
     places = _places(before.program, after.program)
 
     def then(path: Path) -> Path | None:
-        place = places[path[0]] if path else None
-        return path if not path else None if place is None else (place, *path[1:])
+        if not path:
+            return path
+        place = places[path[0]]
+        return None if place is None else (place, *path[1:])
 
     found = [
         *zip(after.inputs, before.inputs, strict=True),

@@ -7,14 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rhino_jax.ir.analysis.classes import SegmentClass, segment_classes
-from rhino_jax.ir.analysis.cuts import cuts
-from rhino_jax.ir.analysis.regions import regions
-from rhino_jax.ir.analysis.segments import segments
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
-from rhino_jax.rules import HEAVY
 from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.search.build import build_graph
 from rhino_jax.search.descend import Answer, search_axes, starts
@@ -81,12 +77,10 @@ class Reading:
 def read(subject: Subject) -> Reading:
     """Regions, segments and classes of a subject's Program."""
     program, pairs = subject.program, subject.pairs
-    found = regions(program, pairs, subject.batch_inputs)
+    found = subject.regions
     classes: Sequence[SegmentClass] = ()
     if len(program.ops) > MOST_UNTIED_OPS:
-        places = cuts(program, found, pairs, HEAVY)
-        segmentation = segments(program, found, places, pairs, HEAVY)
-        classes = segment_classes(program, found, segmentation, pairs)
+        classes = segment_classes(program, found, subject.segmentation, pairs)
     ties = ties_of(program, classes, repeats(program).ops)
     roles = [STATE if i in pairs else INPUT for i in range(len(program.inputs))]
     facts = Facts(

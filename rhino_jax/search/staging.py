@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 from rhino_jax.cluster.topology import Link
 from rhino_jax.errors import InfeasibleError
-from rhino_jax.ir.analysis.cuts import cuts
-from rhino_jax.ir.analysis.regions import Regions, regions
-from rhino_jax.ir.analysis.segments import Segmentation, segments
+from rhino_jax.ir.analysis.regions import Regions
+from rhino_jax.ir.analysis.segments import Segmentation
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.pipeline.chunks import Chunks, crossing, cut
 from rhino_jax.ir.pipeline.flow import LOOP, OP, Version, flow, version_bytes
 from rhino_jax.ir.pipeline.labels import labels
-from rhino_jax.rules import HEAVY, rule_of
+from rhino_jax.rules import rule_of
 from rhino_jax.search.stage_costs import SegmentCost, StageProblem
 from rhino_jax.search.subject import Subject
 
@@ -36,16 +34,13 @@ class Divided:
 
     subject: Subject
 
-    @cached_property
+    @property
     def regions(self) -> Regions:
-        one = self.subject
-        return regions(one.program, one.pairs, one.batch_inputs)
+        return self.subject.regions
 
-    @cached_property
+    @property
     def segmentation(self) -> Segmentation:
-        program, pairs = self.subject.program, self.subject.pairs
-        places = cuts(program, self.regions, pairs, HEAVY)
-        return segments(program, self.regions, places, pairs, HEAVY)
+        return self.subject.segmentation
 
     @property
     def count(self) -> int:

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from rhino_jax.ir.analysis.cuts import cuts
+from rhino_jax.ir.analysis.regions import Regions, regions
+from rhino_jax.ir.analysis.segments import Segmentation, segments
 from rhino_jax.ir.depends import parameters
 from rhino_jax.ir.program import Program
-from rhino_jax.rules import rule_of
+from rhino_jax.rules import HEAVY, rule_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,17 @@ class Subject:
     @property
     def pairs(self) -> Mapping[int, int]:
         return dict(self.state_pairs)
+
+    @cached_property
+    def regions(self) -> Regions:
+        """Which ops are the forward pass, the backward pass, the epilogue."""
+        return regions(self.program, self.pairs, self.batch_inputs)
+
+    @cached_property
+    def segmentation(self) -> Segmentation:
+        """The step divided at its cuts."""
+        places = cuts(self.program, self.regions, self.pairs, HEAVY)
+        return segments(self.program, self.regions, places, self.pairs, HEAVY)
 
     @cached_property
     def parameters(self) -> tuple[int, ...]:

@@ -11,17 +11,7 @@ import pytest
 
 import rhino_jax as rhino
 from rhino_jax import errors
-
-
-def train_step(params: Any, batch: Any) -> Any:
-    def loss_of(params: Any) -> jax.Array:
-        x = batch["x"]
-        for layer in params:
-            x = x + jnp.tanh(x @ layer["up"]) @ layer["down"]
-        return jnp.mean((x - batch["y"]) ** 2)
-
-    loss, grads = jax.value_and_grad(loss_of)(params)
-    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), loss
+from tests.search.test_selective import train_step
 
 
 def shapes(width: int, rows: int) -> tuple[Any, Any]:
