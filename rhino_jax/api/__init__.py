@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rhino_jax.api.function import ParallelFunction
 from rhino_jax.errors import OptionsError, TraceError
-from rhino_jax.extend import as_rules
 from rhino_jax.options import Options, make_options
 from rhino_jax.plan import Plan
 
@@ -195,7 +194,11 @@ def _settled(
         base = {k: getattr(fun.options, k) for k in Options.__dataclass_fields__}
         fun = fun.fun
     options = make_options(**{**base, **given})
-    return fun, replace(options, rules=as_rules(options.rules))
+    if options.rules:
+        from rhino_jax.extend import as_rules
+
+        options = replace(options, rules=as_rules(options.rules))
+    return fun, options
 
 
 def _whole_plan(options: dict[str, Any]) -> tuple[Plan | None, dict[str, Any]]:
