@@ -19,6 +19,7 @@ import numpy as np
 from jax._src import clusters, compiler, core
 from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source
+from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
 from jax._src.interpreters import mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
@@ -31,6 +32,9 @@ try:
     from jax._src.flattree import FlatTree
 except ImportError:  # jax 0.10
     from jax._src.tree_util import FlatTree
+
+CUDNN_VERSION = 91200
+"""The cuDNN that a machine is taken to have that can not be asked."""
 
 JaxprEqn = jex.core.JaxprEqn
 ClosedJaxpr = jex.core.ClosedJaxpr
@@ -317,6 +321,40 @@ def partition_count(module: Any) -> int:
 def threefry_partitionable(eqn: Any) -> bool:
     """Whether ``eqn`` was traced with ``jax_threefry_partitionable`` on."""
     return bool(eqn.ctx.threefry_partitionable)
+
+
+# ---- attention (trace/, lower/local/attention.py) -----------------------------------
+
+
+def cudnn_runs() -> bool:
+    """Whether this machine has cuDNN and a GPU to run it."""
+    return jax.default_backend() == "gpu" and _cudnn_found()
+
+
+def _cudnn_found() -> bool:
+    try:
+        return bool(cudnn_attention.check_cudnn_version())
+    except RuntimeError:
+        return False
+
+
+@contextlib.contextmanager
+def cudnn_traceable() -> Iterator[None]:
+    """Let ``jax.nn.dot_product_attention(implementation="cudnn")`` be traced here.
+
+    JAX asks for cuDNN's version when it traces, to tell which heads it can do; where
+    there is none it can not plan for machines that have one. It is answered for as long
+    as this lasts, in this thread and others, and only where nothing else would be.
+    """
+    if _cudnn_found():
+        yield
+        return
+    asked = cudnn_attention.check_cudnn_version
+    cudnn_attention.check_cudnn_version = lambda: CUDNN_VERSION
+    try:
+        yield
+    finally:
+        cudnn_attention.check_cudnn_version = asked
 
 
 # ---- several processes (runtime/) -------------------------------------------------

@@ -14,14 +14,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rhino_jax.cost.ring import handed_on
 from rhino_jax.errors import PlanFileError, problems
-from rhino_jax.ir.assignment import Assignment, Loop
+from rhino_jax.ir.assignment import Assignment, Loop, OpPlan
 from rhino_jax.ir.data import assignment_data, assignment_of
 from rhino_jax.ir.layout import Layout, parse_layout
 from rhino_jax.ir.mesh import STAGE, Axis, Mesh
-from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.program import Op, Program, Value
 from rhino_jax.ir.spans import checked, numbers
-from rhino_jax.ir.steps import Move
+from rhino_jax.ir.steps import Move, Step
+from rhino_jax.rules import rule_of
 
 FORMAT = "rhino-plan"
 VERSION = 3
@@ -320,7 +322,7 @@ def make_plan(
         leaves(program.inputs, names, assignment.inputs),
         leaves(program.outputs, output_paths, assignment.outputs),
         assignment,
-        tuple(collectives(program, assignment)),
+        tuple(collectives(program, assignment, mesh)),
         ops=tuple(op_keys(program)),
         **more,
     )
@@ -336,13 +338,14 @@ def op_keys(program: Program) -> Iterator[tuple[str, int]]:
 
 
 def collectives(
-    program: Program, assignment: Assignment, count: int = 1
+    program: Program, assignment: Assignment, mesh: Mesh, count: int = 1
 ) -> Iterator[Collective]:
     """Every collective that the plan writes, loops (over microbatches too) multiplied
     out.
 
     All branches of a ``cond`` are counted; a ``while`` counts as one trip.
     """
+    mesh = assignment.over(mesh)
     loop = assignment.loop or Loop((), 1)
     inside = set(loop.ops)
     for index, (op, plan) in enumerate(zip(program.ops, assignment.ops, strict=True)):
@@ -351,7 +354,9 @@ def collectives(
             yield from _of_move(program, move, op, turns)
         trips = op.param["length"] if op.kind == "scan" else 1
         for inner, body in zip(op.programs, plan.inner, strict=True):
-            yield from collectives(inner, body, turns * trips)
+            yield from collectives(inner, body, mesh, turns * trips)
+        if not op.programs:
+            yield from _of_ring(program, op, plan, mesh, turns)
         for move in plan.after:
             yield from _of_move(program, move, op, turns)
     for move in loop.leave:
@@ -365,22 +370,36 @@ def _maker(program: Program, value: int) -> Op | None:
     return None if made is None else program.ops[made]
 
 
+def _of_ring(
+    program: Program, op: Op, plan: OpPlan, mesh: Mesh, count: int
+) -> Iterator[Collective]:
+    """What an op sends of itself."""
+    reads, makes = program.operand_values(op), program.result_values(op)
+    rule = rule_of(program, op)
+    for one in handed_on(rule, plan.choice, reads, makes, mesh):
+        yield _written(one.step, one.value, op, count * one.turns)
+
+
 def _of_move(
     program: Program, move: Move, op: Op | None, count: int
 ) -> Iterator[Collective]:
     value = program.values[move.value]
     for step in move.steps:
         if step.wire_bytes:
-            yield Collective(
-                step.kind,
-                step.axes,
-                step.wire_bytes,
-                count,
-                value.dtype,
-                value.shape,
-                str(op.where) if op else "",
-                op.where.name_stack if op else "",
-            )
+            yield _written(step, value, op, count)
+
+
+def _written(step: Step, value: Value, op: Op | None, count: int) -> Collective:
+    return Collective(
+        step.kind,
+        step.axes,
+        step.wire_bytes,
+        count,
+        value.dtype,
+        value.shape,
+        str(op.where) if op else "",
+        op.where.name_stack if op else "",
+    )
 
 
 # ---- JSON -------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from rhino_jax.cluster.kernels import (
     SCATTER,
 )
 from rhino_jax.cluster.profile import kernels_of
+from rhino_jax.cost.attention import PRODUCTS as ATTENTION
+from rhino_jax.cost.attention import attention_flops, attention_size
 from rhino_jax.cost.buffers import Instruction, Unfolded
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
@@ -72,11 +74,13 @@ class Work:
 
 
 def op_flops(op: Op, rule: Rule, choice: Choice, mesh: Mesh) -> int:
-    """Floating-point operations of a product or convolution on one shard, else 0.
+    """Operations of a product, convolution or attention on one shard, else 0.
 
     Two for every point of the local iteration space. Padding of a convolution counts;
     the zeros between the elements of a dilated operand do not.
     """
+    if op.kind in ATTENTION:
+        return attention_flops(op, rule, choice, mesh)
     if op.kind not in TILED:
         return 0
     points = 1
@@ -238,6 +242,8 @@ def _size(
     """The size by which a curve of arithmetic is looked up."""
     if not flops:
         return ()
+    if kind in ATTENTION:
+        return attention_size(rule, choice, mesh)
     return (flops,) if kind == CONVOLVED else product_size(rule, choice, mesh)
 
 

@@ -12,6 +12,7 @@ from rhino_jax.cost.compute import work_of
 from rhino_jax.cost.fusion import fusion
 from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.memory import Memory, memory_of
+from rhino_jax.cost.ring import handed_on
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
@@ -122,6 +123,18 @@ def _collectives(
                 step_seconds(at.step, mesh, cluster),
                 place,
             )
+        if at.op is not None and at.rule is not None and at.step is None:
+            reads = at.program.operand_values(at.op)
+            makes = at.program.result_values(at.op)
+            for one in handed_on(at.rule, at.plan.choice, reads, makes, mesh):
+                yield PricedCollective(
+                    one.step.kind,
+                    one.step.axes,
+                    one.step.wire_bytes,
+                    count * one.turns,
+                    step_seconds(one.step, mesh, cluster),
+                    place,
+                )
         inside = op if at.kind == ACCUMULATE else place
         for body in at.bodies:
             yield from _collectives(body, mesh, cluster, count * at.trips, inside)

@@ -20,7 +20,7 @@ from functools import cached_property
 
 from rhino_jax.errors import RuleError
 from rhino_jax.ir.layout import Layout, Split, padded_size, sorted_dim
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.mesh import TIME, Mesh
 
 PARALLEL = "parallel"
 REDUCTION = "reduction"
@@ -28,6 +28,7 @@ BLOCKED = "blocked"
 WINDOW = "window"
 INDEXED = "indexed"
 POSITIONAL = "positional"
+RING = "ring"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ KINDS: Mapping[str, Kind] = {
     WINDOW: Kind(True, False, False, "a split needs a halo"),
     INDEXED: Kind(True, True, False, "indices outside the shard are masked"),
     POSITIONAL: Kind(True, True, False, "the local form needs the global index"),
+    RING: Kind(True, True, False, "shards of some operands go around all devices"),
 }
 
 
@@ -59,6 +61,9 @@ class Factor:
     ``addends`` are operands that lack the factor and enter the sum once, whatever its
     trip count (the operand of a scatter-add): where the factor is split they are
     wanted partial, so that they are counted once.
+
+    Of a ring, ``handed`` are operands whose shards every device gets to see, one after
+    the other, and ``returned`` results whose terms travel with them and come home.
     """
 
     name: str
@@ -66,6 +71,8 @@ class Factor:
     kind: str = PARALLEL
     operator: str = ""
     addends: tuple[int, ...] = ()
+    handed: tuple[int, ...] = ()
+    returned: tuple[int, ...] = ()
 
     @property
     def traits(self) -> Kind:
@@ -307,6 +314,8 @@ def choice_problems(rule: Rule, choice: Choice, mesh: Mesh) -> list[str]:
             found.append(f"factor {name!r} is {factor.kind}: {traits.why}")
         layout = Layout((digits,))
         found += layout.problems((factor.size,), mesh)
+        if factor.kind == RING and any(split.axis == TIME for split in digits):
+            found.append(f"factor {name!r} is a ring: turns hand nothing around")
         ragged = padded_size(factor.size, digits, mesh) != factor.size
         if ragged and (not traits.ragged or not _outermost(rule, name)):
             found.append(

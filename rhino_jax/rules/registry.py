@@ -13,6 +13,7 @@ from rhino_jax.ir.factors import Flow, Rule
 from rhino_jax.ir.program import Op, Plain, Program, Value
 from rhino_jax.rules import (
     assembly,
+    attention,
     contraction,
     convolution,
     effects,
@@ -32,6 +33,7 @@ from rhino_jax.rules.stated import rule_in, stated_in
 FAMILIES: tuple[ModuleType, ...] = (
     elementwise,
     contraction,
+    attention,
     ragged,
     convolution,
     reduction,
@@ -46,7 +48,10 @@ FAMILIES: tuple[ModuleType, ...] = (
 )
 
 HEAVY = frozenset(
-    ("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot")
+    (
+        *("dot_general", "conv_general_dilated", "ragged_dot_general", "ragged_dot"),
+        *attention.RULES,
+    )
 )
 """Primitives whose cost is arithmetic, not memory: the roots of cones."""
 

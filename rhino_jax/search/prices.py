@@ -15,6 +15,7 @@ from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import kernel_work, memory_seconds
 from rhino_jax.cost.reshard import local_bytes
+from rhino_jax.cost.ring import handed_on
 from rhino_jax.ir.factors import Choice, Rule, layouts
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Value
@@ -46,7 +47,7 @@ class Prices(Protocol):
         mesh: Mesh,
         fused: tuple[bool, ...],
     ) -> float:
-        """Seconds of one op on one shard.
+        """Seconds of one op on one shard, with what it hands around a ring.
 
         ``fused`` says of every operand, then of every result, that it is no real
         buffer: a neighbour makes or reads it on the way.
@@ -86,7 +87,11 @@ class ClusterPrices:
         gone = sum(
             local_bytes(v.shape, v.dtype, x, mesh) for v, x, away in made if away
         )
-        return work.seconds + memory_seconds(FUSED_SHARE * gone, device)
+        around = sum(
+            one.turns * self.move(one.step, mesh, 0)
+            for one in handed_on(rule, choice, reads, makes, mesh)
+        )
+        return work.seconds + around + memory_seconds(FUSED_SHARE * gone, device)
 
 
 @dataclass(frozen=True)
@@ -123,4 +128,7 @@ class AlphaBeta:
         mesh: Mesh,
         fused: tuple[bool, ...],
     ) -> float:
-        return 0.0
+        return sum(
+            one.turns * self.move(one.step, mesh, 0)
+            for one in handed_on(rule, choice, reads, makes, mesh)
+        )

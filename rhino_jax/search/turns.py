@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.factors import (
     BLOCKED,
+    RING,
     WINDOW,
     Choice,
     Rule,
@@ -115,7 +116,7 @@ class Walk:
             digit = follow(rule, rule.operands[i], *where, size)
             if digit is None:
                 raise Mixed(op, (i,), "examples are regrouped")
-            if rule.factor(digit[0]).kind in (BLOCKED, WINDOW):
+            if rule.factor(digit[0]).kind in (BLOCKED, RING, WINDOW):
                 raise Mixed(op, (i,), "examples must be seen whole")
             choice = Choice.of({digit[0]: [digit[1]]})
             if choice_problems(rule, choice, self.mesh):
@@ -152,7 +153,7 @@ class Walk:
             if where is None:
                 continue
             digit = follow(rule, rule.results[r], *where, self.mesh.size(TIME))
-            if digit is None or rule.factor(digit[0]).kind in (BLOCKED, WINDOW):
+            if digit is None or rule.factor(digit[0]).kind in (BLOCKED, RING, WINDOW):
                 return None
             choice = Choice.of({digit[0]: [digit[1]]})
             if choice_problems(rule, choice, self.mesh):

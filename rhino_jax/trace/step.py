@@ -93,10 +93,9 @@ def trace(
     keywords = dict(kwargs or {})
     _check_function(fun)
     check_call(fun, args, keywords)
-    if isinstance(fun, _jitted_type()):
-        traced = _trace_jitted(fun, args, keywords, static_argnums)
-    else:
-        traced = _trace_plain(fun, args, keywords, static_argnums)
+    way = _trace_jitted if isinstance(fun, _jitted_type()) else _trace_plain
+    with compat.cudnn_traceable():
+        traced = way(fun, args, keywords, static_argnums)
     found = _read(traced, function_name(fun), donate, rules or {})
     return replace(found, static=_baked_in(fun, args, keywords, found.input_paths))
 

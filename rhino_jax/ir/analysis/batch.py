@@ -23,10 +23,13 @@ from rhino_jax.ir.analysis.digits import (
     shares,
     within,
 )
-from rhino_jax.ir.factors import BLOCKED, WINDOW, Rule
+from rhino_jax.ir.factors import BLOCKED, RING, WINDOW, Rule
 from rhino_jax.ir.program import Op, Program
 
 RuleOf = Callable[[Program, Op], Rule]
+
+WHOLE = (BLOCKED, RING, WINDOW)
+"""Kinds of factors whose elements must meet on one device, or at one time."""
 
 PAIRED = "paired"
 UNALIGNED = "unaligned"
@@ -38,7 +41,7 @@ INSIDE = "inside"
 class Mixing:
     """Op ``op`` combines different examples.
 
-    ``how`` is the kind of the factor that holds them (reduction, blocked, window,
+    ``how`` is the kind of the factor that holds them (reduction, blocked, ring, window,
     indexed), ``paired`` (different examples meet), ``unaligned`` (a reshape that
     leaves no whole digit), ``looped`` (a loop runs over examples, or its carry changes
     where they lie), or ``inside`` (its body does). ``operator`` is that of a reduction.
@@ -166,7 +169,7 @@ def _through_rule(
         how.append((PAIRED, "", any(_is_far(share, size) for share in wrong)))
     kept = [share for share in told if share not in wrong]
     how += (why for share in kept for why in _mixed(rule, share, size))
-    kept = [s for s in kept if rule.factor(s.factor).kind not in (BLOCKED, WINDOW)]
+    kept = [s for s in kept if rule.factor(s.factor).kind not in WHOLE]
     return _Step(tuple(placed(rule, dims, kept) for dims in rule.results), tuple(how))
 
 
@@ -178,7 +181,7 @@ def _mixed(rule: Rule, share: Share, size: int) -> Iterator[How]:
     """How an op mixes the examples that lie along a factor, if it does."""
     factor = rule.factor(share.factor)
     everywhere = all(any(share.factor in dim for dim in dims) for dims in rule.results)
-    if factor.kind in (BLOCKED, WINDOW):
+    if factor.kind in WHOLE:
         yield factor.kind, "", _is_far(share, size)
     elif factor.operator and not everywhere:
         yield factor.kind, factor.operator, _is_far(share, size)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rhino_jax.lower.local import (
     assembly,
+    attention,
     contraction,
     convolution,
     effects,
@@ -30,6 +31,7 @@ from rhino_jax.lower.reshard import neutral
 FAMILIES: tuple[ModuleType, ...] = (
     elementwise,
     contraction,
+    attention,
     ragged,
     convolution,
     reduction,
@@ -56,7 +58,7 @@ def _merged() -> Mapping[str, LocalFn]:
 LOCALS: Mapping[str, LocalFn] = _merged()
 
 
-ALWAYS = frozenset((*placing.LOCALS, *effects.LOCALS))
+ALWAYS = frozenset((*placing.LOCALS, *effects.LOCALS, *attention.LOCALS))
 """Primitives with a form of their own even where nothing is split."""
 
 

@@ -1,0 +1,52 @@
+"""What an op that runs around a ring sends of itself.
+
+Collectives stand between ops, as moves of values; a ring is the exception: its op hands
+shards on while it works (:data:`rhino_jax.ir.factors.RING`). What is ``handed`` leaves
+each device for the next one ``n - 1`` times, what is ``returned`` ``n`` times, to be at
+home again. Returned terms travel as they are accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from rhino_jax.cost.buffers import accumulator_dtype
+from rhino_jax.cost.reshard import local_bytes
+from rhino_jax.ir.factors import RING, Choice, Rule, layouts
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Value
+from rhino_jax.ir.steps import PERMUTE, Step
+
+
+@dataclass(frozen=True)
+class Handed:
+    """One array that goes around: what one turn sends, and how many turns there are."""
+
+    value: Value
+    step: Step
+    turns: int
+
+
+def handed_on(
+    rule: Rule,
+    choice: Choice,
+    reads: Sequence[Value],
+    makes: Sequence[Value],
+    mesh: Mesh,
+) -> Iterator[Handed]:
+    """Every array that an op hands around under a choice; nothing where it is whole."""
+    for factor in rule.factors:
+        axes = tuple(split.axis for split in choice.on(factor.name))
+        if factor.kind != RING or not axes:
+            continue
+        wanted, given = layouts(rule, choice)
+        count = mesh.group_size(axes)
+        around = [(reads[i], wanted[i], count - 1) for i in factor.handed]
+        for i in factor.returned:
+            terms = replace(makes[i], dtype=accumulator_dtype(makes[i]))
+            around.append((terms, given[i], count))
+        for value, layout, turns in around:
+            sent = local_bytes(value.shape, value.dtype, layout, mesh)
+            step = Step(PERMUTE, mesh.in_order(axes), layout, layout, sent)
+            yield Handed(value, step, turns)
