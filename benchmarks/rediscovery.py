@@ -66,15 +66,15 @@ def tried(row: Row) -> Outcome:
     step, state, batch = row.build()
     args = batch if isinstance(batch, tuple) else (batch,)
     traced = traced_bare(step, (state, *args), {}, make_options(donate=False))
-    names = tuple(row.mesh)
+    names, mesh = tuple(row.mesh), Mesh.of(**row.mesh)
     request = Request(
-        Mesh.of(**row.mesh),
+        mesh,
         AlphaBeta(dict.fromkeys(names, 1.0), {n: row.beta.get(n, 1.0) for n in names}),
         replicate_heavy=False,
         pins=row.pins,
     )
     found = search(subject_of(traced), request)
-    return judge(row, collectives(traced.program, found.assignment))
+    return judge(row, collectives(traced.program, found.assignment, mesh))
 
 
 def kinds(outcome: Outcome) -> str:

@@ -13,6 +13,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
+from rhino_jax.ir.factors import RING, Factor
 from rhino_jax.search.graph import Endpoint, Graph, Var
 
 Name = str | int
@@ -25,6 +26,10 @@ Parts = Mapping[Name, tuple[Part, ...]]
 
 MOST_PARTS = 4
 """Parts of one factor that are offered, the outermost first."""
+
+ROUNDS = 4
+"""Of a ring in strides. Of eight devices the busiest one then sees 61 % of all pairs
+under a causal mask, in blocks 94 %, and kernels of whole blocks are few and large."""
 
 Piece = tuple[Name, int, int]
 """(factor or dimension, its weight in the value's dimension, its size)."""
@@ -56,7 +61,16 @@ def _own(var: Var) -> dict[Name, set[int]]:
     """
     if var.rule is None:
         return {d: {1, n or 1} for d, n in enumerate(var.shape)}
-    return {f.name: {1, f.size or 1} for f in var.rule.factors}
+    return {f.name: {1, f.size or 1} | set(_rounds(f)) for f in var.rule.factors}
+
+
+def _rounds(factor: Factor) -> Iterator[int]:
+    """Where a ring may be cut so that every device has rows of several rounds.
+
+    In blocks all wait for those whose queries see every key that comes by.
+    """
+    if factor.kind == RING and factor.size % ROUNDS == 0:
+        yield factor.size // ROUNDS
 
 
 def _tell(

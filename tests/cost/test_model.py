@@ -72,7 +72,7 @@ def zoo_prediction(traced: Traced, recipe: str, mesh: Mesh) -> Prediction:
     cluster = parse_cluster(f"h100:1x{mesh.num_devices}")
     donated = tuple(traced.donated)
     found = predict(traced.program, assignment, mesh, cluster, rule_of, donated)
-    written = list(collectives(traced.program, assignment))
+    written = list(collectives(traced.program, assignment, mesh))
     assert found.wire_bytes == sum(one.total_bytes for one in written)
     assert [(c.kind, c.axes, c.count) for c in found.collectives] == [
         (c.kind, c.axes, c.count) for c in written

@@ -41,7 +41,7 @@ class Made:
     @cached_property
     def sent(self) -> tuple[Collective, ...]:
         """The collectives of the plan, each with its count."""
-        return tuple(collectives(self.subject.program, self.assignment))
+        return tuple(collectives(self.subject.program, self.assignment, self.mesh))
 
     def counts(self) -> Counter[str]:
         """How often each kind runs in a step."""

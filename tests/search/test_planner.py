@@ -55,8 +55,8 @@ BATCHES = {"x": f32(1024, WIDTH), "y": f32(1024, WIDTH)}
 STEPS = {"mlp": MLP, "attention": ATTENTION, "moe": MOE}
 
 
-def sent(subject: Any, assignment: Any) -> int:
-    return sum(c.total_bytes for c in collectives(subject.program, assignment))
+def sent(subject: Any, assignment: Any, mesh: Mesh) -> int:
+    return sum(c.total_bytes for c in collectives(subject.program, assignment, mesh))
 
 
 def by_bytes(mesh: Mesh, **more: Any) -> Request:
@@ -72,7 +72,7 @@ def test_the_search_sends_no_more_than_a_recipe(name: str, recipe: str) -> None:
     placement, assignment = plan_recipe(subject, mesh, recipe, {})
     placed = dict(enumerate(placement.inputs))
     found = search(subject, by_bytes(mesh, placed=placed))
-    assert sent(subject, found.assignment) <= sent(subject, assignment)
+    assert sent(subject, found.assignment, mesh) <= sent(subject, assignment, mesh)
     assert found.assignment.inputs == placement.inputs
 
 
@@ -87,12 +87,11 @@ def test_rows_of_a_microbatch_keep_their_split_in_blocks() -> None:
     step = accumulated(plain_loss, rows_outside)
     subject = subject_of(step, state_of(PLAIN_PARAMS), BATCHES)
     whole = {i: Layout.replicated(len(subject.shape(i))) for i in subject.pairs}
-    found = search(
-        subject, by_bytes(Mesh.of(data=4), placed=whole, replicate_heavy=False)
-    )
+    mesh = Mesh.of(data=4)
+    found = search(subject, by_bytes(mesh, placed=whole, replicate_heavy=False))
     reduced = [
         c
-        for c in collectives(subject.program, found.assignment)
+        for c in collectives(subject.program, found.assignment, mesh)
         if c.shape and c.kind in ("all-reduce", "reduce-scatter")
     ]
     assert reduced and all(c.count < MICROBATCHES for c in reduced)
@@ -105,7 +104,7 @@ def test_a_written_plan_costs_what_the_answer_says(name: str) -> None:
     subject, mesh = subject_of(fun, state, batch), Mesh.of(data=2, tensor=2)
     found = search(subject, by_bytes(mesh, replicate_heavy=False))
     paid = found.answer.ticks / AlphaBeta().ticks_per_second
-    written = sent(subject, found.assignment)
+    written = sent(subject, found.assignment, mesh)
     assert written <= paid * 1.001 + 1
 
 
@@ -116,7 +115,7 @@ def test_memory_that_costs_is_sharded() -> None:
     dear = search(subject, by_bytes(mesh, memory_weight=100.0))
     matrices = [i for i in subject.pairs if len(subject.shape(i)) > 1]
     assert all(dear.assignment.inputs[i].axes for i in matrices)
-    assert sent(subject, dear.assignment) >= sent(subject, free.assignment)
+    assert sent(subject, dear.assignment, mesh) >= sent(subject, free.assignment, mesh)
 
 
 def test_pins_hold_and_the_rest_is_filled_in() -> None:

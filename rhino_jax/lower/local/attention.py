@@ -8,6 +8,7 @@ whole blocks, all seen or the ones on the diagonal. Where a mask cuts blocks oth
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -166,6 +167,53 @@ class _Here:
             self.about.bias_gradient,
         )
 
+    def part(self, x: jax.Array, rows: slice) -> jax.Array:
+        """Some rows of queries, keys or what is like them."""
+        dim = self.about.sequence_dim
+        return lax.slice_in_dim(x, rows.start, rows.stop, axis=dim)
+
+    def vendor_forward(
+        self, k: jax.Array, v: jax.Array, mask: Any, rows: slice, columns: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Some queries here with the first ``columns`` keys, as :meth:`forward`."""
+        q = self.part(self.given[QUERY], rows)
+        if not columns:
+            nothing = jnp.zeros_like(self.of_queries(q), accumulating(q.dtype))
+            shape = (*nothing.shape[:-1], v.shape[-1])
+            sums = jnp.full(shape[:-1], -jnp.inf, nothing.dtype)
+            return jnp.broadcast_to(nothing[..., :1], shape), sums
+        k, v = (self.part(x, slice(0, columns)) for x in (k, v))
+        rest = self.given[BIAS:]
+        out, sums = self.shard.bind(q, k, v, *rest, mask_type=mask, is_training=True)
+        wide = self.of_queries(out).astype(accumulating(q.dtype))
+        return wide, self.grouped(sums).astype(wide.dtype)
+
+    def vendor_backward(
+        self, k: jax.Array, v: jax.Array, mask: Any, rows: slice, columns: int
+    ) -> Arrays:
+        """Their gradients, as :meth:`backward`: of these queries, of all keys."""
+        q = self.part(self.given[QUERY], rows)
+        wide = accumulating(q.dtype)
+        whole = [jnp.zeros_like(self.heads_first(x), wide) for x in (k, v)]
+        if not columns:
+            return jnp.zeros_like(self.of_queries(q), wide), *whole
+        k, v = (self.part(x, slice(0, columns)) for x in (k, v))
+        sums = lax.slice_in_dim(self.given[SUMS], rows.start, rows.stop, axis=2)
+        out, cotangent = (self.part(self.given[i], rows) for i in (RESULT, COTANGENT))
+        rest = (*self.given[BIAS:SUMS], sums, out, cotangent)
+        dq, *others = self.shard.bind(q, k, v, *rest, mask_type=mask)
+        terms = (self.heads_first(x).astype(wide) for x in others)
+        total = (x.at[:, :, :columns].add(y) for x, y in zip(whole, terms, strict=True))
+        return self.of_queries(dq).astype(wide), *total
+
+    def joined(self, runs: list[Any]) -> Any:
+        """Results of one run of queries after the other as those of all."""
+        queries, *others = zip(*runs, strict=True)
+        if self.about.backward:
+            keys = (functools.reduce(jnp.add, terms) for terms in others)
+            return jnp.concatenate(queries, 3), *keys
+        return tuple(jnp.concatenate(parts, 3) for parts in (queries, *others))
+
     def results(self, out: jax.Array, sums: jax.Array) -> Arrays:
         """The forward op's results, rounded and arranged as it has them."""
         found = self.heads_first(self.ungrouped(out)), self.ungrouped(sums)
@@ -275,16 +323,12 @@ def _around_forward(here: _Here) -> tuple[jax.Array, jax.Array]:
             return here.forward(k, v, rows, ring.positions(number))
 
         def vendor(k: jax.Array, v: jax.Array) -> Any:
-            given = (here.given[QUERY], k, v, *here.given[BIAS:])
+            def kernel(mask: Any, rows: slice, columns: int) -> Any:
+                return here.vendor_forward(k, v, mask, rows, columns)
 
-            def kernel(mask: Any) -> Any:
-                out, sums = here.shard.bind(*given, mask_type=mask, is_training=True)
-                wide = accumulating(out.dtype)
-                return here.of_queries(out).astype(wide), here.grouped(sums)
+            return _by_rounds(here, ring.here, number, kernel)
 
-            return _unless_hidden(here, ring.here, number, kernel)
-
-        return _by_vendor(_in_blocks(here), vendor, stand_in, (k, v))  # type: ignore[no-any-return]
+        return _by_vendor(bool(_rounds(here)), vendor, stand_in, (k, v))  # type: ignore[no-any-return]
 
     def turned(carry: Any, turn: jax.Array) -> tuple[Any, None]:
         k, v, total = carry
@@ -312,16 +356,12 @@ def _around_backward(here: _Here) -> blockwise.Gradients:
             return here.backward(k, v, rows, ring.positions(number))[:3]
 
         def vendor(k: jax.Array, v: jax.Array) -> Any:
-            given = (here.given[QUERY], k, v, *here.given[BIAS:])
+            def kernel(mask: Any, rows: slice, columns: int) -> Any:
+                return here.vendor_backward(k, v, mask, rows, columns)
 
-            def kernel(mask: Any) -> Any:
-                dq, dk, dv = here.shard.bind(*given, mask_type=mask)
-                found = here.of_queries(dq), here.heads_first(dk), here.heads_first(dv)
-                return tuple(x.astype(accumulating(x.dtype)) for x in found)
+            return _by_rounds(here, ring.here, number, kernel)
 
-            return _unless_hidden(here, ring.here, number, kernel)
-
-        return _by_vendor(_in_blocks(here), vendor, stand_in, (k, v))
+        return _by_vendor(bool(_rounds(here)), vendor, stand_in, (k, v))
 
     def added(terms: Arrays, more: Arrays) -> Arrays:
         return tuple(x + y for x, y in zip(terms, more, strict=True))
@@ -340,40 +380,52 @@ def _around_backward(here: _Here) -> blockwise.Gradients:
     return blockwise.Gradients(dq, *ring.hand_on(dk, dv))
 
 
-def _in_blocks(here: _Here) -> bool:
-    """Whether a kernel that knows no positions can do every turn of a ring."""
-    digits = here.shard.choice.on(SEQUENCE)
-    outer = digits[0]
-    rest = outer.stride * here.shard.mesh.size(outer.axis)
-    size = here.shard.rule.factor(SEQUENCE).size
-    inner = here.shard.size(SEQUENCE) == digits[-1].stride
-    return rest == size and inner and here.about.window is None
+MOST_ROUNDS = 16
 
 
-def _unless_hidden(
-    here: _Here,
-    mine: jax.Array,
-    number: jax.Array,
-    kernel: Callable[[Any], Any],
+def _rounds(here: _Here) -> int:
+    """How many runs of neighbours a shard's rows are; 0 where runs are no shards'.
+
+    A kernel that knows no positions can do every turn of a ring run by run.
+    """
+    shard, whole = here.shard, here.shard.rule.factor(SEQUENCE).size
+    digits = shard.choice.on(SEQUENCE)
+    spans = [digit.stride * shard.mesh.size(digit.axis) for digit in digits]
+    nested = all(a.stride == b for a, b in zip(digits, spans[1:], strict=False))
+    found = whole // spans[0]
+    fits = nested and found <= MOST_ROUNDS and here.about.window is None
+    return found if fits else 0
+
+
+def _by_rounds(
+    here: _Here, mine: jax.Array, number: jax.Array, kernel: Callable[..., Any]
 ) -> Any:
-    """A kernel on the blocks of device ``number``: all, the diagonal, or none of it."""
-    mask = here.shard.params["mask_type"]
-    if not here.about.causal:
-        return kernel(mask)
-    every = type(mask)["NO_MASK"]
-    shapes = jax.eval_shape(lambda: kernel(mask))
+    """The vendor's kernel on the keys of device ``number``.
 
-    def hidden() -> Any:
-        if here.about.backward:
-            return tuple(jnp.zeros(x.shape, x.dtype) for x in shapes)
-        out, sums = shapes
-        return (
-            jnp.zeros(out.shape, out.dtype),
-            jnp.full(sums.shape, -jnp.inf, sums.dtype),
+    ``kernel(mask, rows, columns)`` is for a run of queries and the first ``columns``
+    keys. Under a causal mask queries see all earlier runs, and of their own one all, a
+    triangle or none, as the other device stands before, with or behind this one.
+    """
+    mask, rows = here.shard.params["mask_type"], here.shard.size(SEQUENCE)
+    if not here.about.causal:
+        return kernel(mask, slice(0, rows), rows)
+    every = type(mask)["NO_MASK"]
+    run = rows // _rounds(here)
+
+    def earlier(own: int) -> Any:
+        starts = range(0, rows, run)
+        return here.joined(
+            [kernel(every, slice(at, at + run), at + own * run) for at in starts]
         )
 
-    ways = (lambda: kernel(every), lambda: kernel(mask), hidden)
-    return lax.switch(1 + jnp.sign(number - mine), ways)
+    return lax.switch(
+        1 + jnp.sign(number - mine),
+        (
+            lambda: earlier(1),
+            lambda: kernel(mask, slice(0, rows), rows),
+            lambda: earlier(0),
+        ),
+    )
 
 
 LOCALS: Mapping[str, LocalFn] = {FORWARD: _forward, BACKWARD: _backward}

@@ -77,7 +77,7 @@ def recombine_all(
 ) -> list[list[np.ndarray]]:
     """The results under each choice; all of them are compiled together, as that is
     most of the time."""
-    plans = [_plan(program, choice, mesh) for choice in choices]
+    plans = [plan_of(program, choice, mesh) for choice in choices]
     body = jax.shard_map(
         lambda *xs: [run(program, plan, mesh, xs) for plan in plans],
         mesh=jax_mesh,
@@ -89,7 +89,7 @@ def recombine_all(
     return [[np.asarray(_words(x)) for x in one] for one in found]
 
 
-def _plan(program: Program, choice: Choice, mesh: Mesh) -> Assignment:
+def plan_of(program: Program, choice: Choice, mesh: Mesh) -> Assignment:
     """Whole operands cut to what the choice wants, and its results made whole."""
     (op,) = program.ops
     rule = rule_of(program, op)
