@@ -7,7 +7,7 @@ asked otherwise. Not one of the zoo's: it compares plans for one long sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -126,14 +126,18 @@ def build(
     *,
     implementation: str = "cudnn",
     optimizer: optax.GradientTransformation | None = None,
+    heads: tuple[int, int] | None = None,
 ) -> Model:
     """Build the model.
 
     Args:
         implementation: of ``jax.nn.dot_product_attention``: ``"cudnn"`` or ``"xla"``.
         optimizer: in place of adamw.
+        heads: how many of queries and of keys, in place of the size's.
     """
     cfg = pick(SIZES, size)
+    if heads is not None:
+        cfg = replace(cfg, heads=heads[0], kv_heads=heads[1])
     tx = optimizer or optax.adamw(1e-3)
 
     def start(rng: jax.Array) -> State:

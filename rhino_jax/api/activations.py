@@ -9,9 +9,12 @@ from rhino_jax.ir.mesh import TIME
 from rhino_jax.ir.program import Program
 from rhino_jax.plan import Leaf
 from rhino_jax.rules import rule_of
+from rhino_jax.rules.attention import FORWARD
 
-SHOWN = frozenset("dot_general conv_general_dilated ragged_dot_general name".split())
-"""Matrix products and convolutions, and what the user has named."""
+SHOWN = frozenset(
+    ("dot_general", "conv_general_dilated", "ragged_dot_general", FORWARD, "name")
+)
+"""Matrix products, convolutions, attention, and what the user has named."""
 
 
 def activations(program: Program, assignment: Assignment) -> Iterator[Leaf]:

@@ -131,13 +131,17 @@ class _Here:
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     def scores(self, rows: jax.Array, columns: jax.Array) -> Scores:
-        bias, lengths = None, (None, None)
+        found = Scores(rows, columns)
         if self.about.bias:
             bias = self.given[BIAS]
             bias = self.grouped(bias) if bias.shape[1] > 1 else bias[:, :, None]
+            found = found._replace(bias=bias)
         if self.about.padded:
-            lengths = self.given[QUERY_LENGTHS], self.given[KEY_LENGTHS]
-        return Scores(rows, columns, bias, *lengths)
+            found = found._replace(
+                row_lengths=self.given[QUERY_LENGTHS],
+                column_lengths=self.given[KEY_LENGTHS],
+            )
+        return found
 
     def forward(
         self, k: jax.Array, v: jax.Array, rows: jax.Array, columns: jax.Array
@@ -328,7 +332,7 @@ def _around_forward(here: _Here) -> tuple[jax.Array, jax.Array]:
 
             return _by_rounds(here, ring.here, number, kernel)
 
-        return _by_vendor(bool(_rounds(here)), vendor, stand_in, (k, v))  # type: ignore[no-any-return]
+        return _by_vendor(bool(_rounds(here)), vendor, stand_in, (k, v))
 
     def turned(carry: Any, turn: jax.Array) -> tuple[Any, None]:
         k, v, total = carry
