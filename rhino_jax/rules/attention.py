@@ -90,10 +90,6 @@ class Attention:
             mask in MASKS and not param["dropout_rate"],
         )
 
-    def shardable(self, reads: Sequence[Value]) -> bool:
-        """Whether a shard can tell what it would be in the whole."""
-        return self.plain and not any(reads[i].size for i in UNUSED)
-
     @property
     def sequence_dim(self) -> int:
         return 2 if self.heads_first else 1
@@ -117,11 +113,16 @@ def is_ring(about: Attention, query: Value, key: Value) -> bool:
     return query.shape[dim] == key.shape[dim] and not hidden
 
 
+def shardable(op: Op, reads: Sequence[Value]) -> bool:
+    """Whether a shard can tell what it would be in the whole."""
+    return Attention.of(op).plain and not any(reads[i].size for i in UNUSED)
+
+
 def attention(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
     """Forward and backward; see the module's docstring."""
     about = Attention.of(op)
     query, key, value, bias = reads[: BIAS + 1]
-    if not about.shardable(reads):
+    if not shardable(op, reads):
         return whole(reads, makes)
     ring = is_ring(about, query, key)
     rows, columns = (SEQUENCE, SEQUENCE) if ring else (QUERIES, KEYS)

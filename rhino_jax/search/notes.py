@@ -12,6 +12,8 @@ from rhino_jax.ir.assignment import Assignment, OpPlan
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.rules import rule_of
+from rhino_jax.rules.attention import RULES as ATTENTION
+from rhino_jax.rules.attention import shardable
 from rhino_jax.rules.effects import ONCE
 from rhino_jax.rules.random import is_drawn_whole
 from rhino_jax.search.specs import ignored_constraints
@@ -98,6 +100,11 @@ def _remarks(program: Program) -> Iterator[str]:
         elif op.kind in ONCE:
             sent = ", what it gives is sent to all" if op.results else ""
             yield f"{op.kind} at {op.where}: run by the first device{sent}"
+        elif op.kind in ATTENTION and not shardable(op, inner.operand_values(op)):
+            yield (
+                f"{op.kind} at {op.where}: run whole on every device; dropout in the "
+                "kernel, packed sequences and pages can not be split"
+            )
         elif is_drawn_whole(op, inner.operand_values(op)):
             yield (
                 f"{op.kind} at {op.where}: drawn whole on every device; draws of "

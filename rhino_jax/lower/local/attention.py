@@ -41,6 +41,7 @@ from rhino_jax.rules.attention import (
     SUMS,
     VALUE,
     Attention,
+    shardable,
 )
 
 Arrays = tuple[jax.Array, ...]
@@ -250,7 +251,7 @@ def _forward(shard: Shard, *given: jax.Array) -> Any:
         positions = _positions(shard, given, about)
         return one.results(*one.forward(given[KEY], given[VALUE], *positions))
 
-    return _once(shard, about, stand_in, given)
+    return _once(shard, stand_in, given)
 
 
 def _backward(shard: Shard, *given: jax.Array) -> Any:
@@ -264,7 +265,7 @@ def _backward(shard: Shard, *given: jax.Array) -> Any:
         positions = _positions(shard, given, about)
         return one.gradients(one.backward(given[KEY], given[VALUE], *positions))
 
-    return _once(shard, about, stand_in, given)
+    return _once(shard, stand_in, given)
 
 
 def _positions(
@@ -284,12 +285,11 @@ def _positions(
 
 def _once(
     shard: Shard,
-    about: Attention,
     stand_in: Callable[..., Arrays],
     given: Arrays,
 ) -> Any:
     """The op on whole sequences: the vendor's kernel where there is one."""
-    if not about.shardable(shard.reads):
+    if not shardable(shard.op, shard.reads):
         if not compat.cudnn_runs():
             raise TraceError(
                 f"{shard.op.where}: attention with dropout, packed sequences or pages "
