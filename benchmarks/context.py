@@ -143,7 +143,7 @@ def _distance(got: Any, want: Any, before: Any) -> float:
 
 
 @click.command()
-@click.option("--size", "sizes", multiple=True, default=("1B", "1B, 3 heads", "13B"))
+@click.option("--size", "sizes", multiple=True, default=("1B", "1B, 3 heads", "22B"))
 @click.option("--cluster", default=CLUSTER, show_default=True)
 @click.option("--way", "ways", multiple=True, type=click.Choice(list(WAYS)))
 @click.option("--small/--no-small", default=True, help="Run the small size too.")

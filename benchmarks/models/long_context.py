@@ -46,7 +46,7 @@ SIZES = {
     "tiny": Config(128, 64, 8, 4, 8, 128, layers=2, seq=64),
     "1B": Config(50304, 2048, 16, 8, 128, 5632, layers=20, seq=131072),
     "1B, 3 heads": Config(50304, 2048, 3, 3, 128, 5632, layers=20, seq=131072),
-    "13B": Config(50304, 5120, 40, 40, 128, 13824, layers=40, seq=131072),
+    "22B": Config(50304, 6144, 48, 48, 128, 16384, layers=48, seq=131072),
 }
 """Three heads are too few for eight devices: their sequence goes around a ring."""
 

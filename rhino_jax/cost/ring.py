@@ -2,8 +2,8 @@
 
 Collectives stand between ops, as moves of values; a ring is the exception: its op hands
 shards on while it works (:data:`rhino_jax.ir.factors.RING`). What is ``handed`` leaves
-each device for the next one ``n - 1`` times, what is ``returned`` ``n`` times, to be at
-home again. Returned terms travel as they are accumulated.
+each device for the next one ``n - 1`` times. So is what is ``returned``, as it is
+accumulated, and once more, rounded, to be at home again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def handed_on(
         around = [(reads[i], wanted[i], count - 1) for i in factor.handed]
         for i in factor.returned:
             terms = replace(makes[i], dtype=accumulator_dtype(makes[i]))
-            around.append((terms, given[i], count))
+            around += [(terms, given[i], count - 1), (makes[i], given[i], 1)]
         for value, layout, turns in around:
             sent = local_bytes(value.shape, value.dtype, layout, mesh)
             step = Step(PERMUTE, mesh.in_order(axes), layout, layout, sent)

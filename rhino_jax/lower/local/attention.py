@@ -381,7 +381,8 @@ def _around_backward(here: _Here) -> blockwise.Gradients:
     turns = jnp.arange(ring.count - 1, dtype=jnp.int32)
     (k, v, total), _ = lax.scan(turned, (k, v, total), turns)
     dq, dk, dv = added(total, met(k, v, ring.count - 1))
-    return blockwise.Gradients(dq, *ring.hand_on(dk, dv))
+    home = (x.astype(here.shard.makes[1].dtype) for x in (dk, dv))
+    return blockwise.Gradients(dq, *ring.hand_on(*home))
 
 
 MOST_ROUNDS = 16
