@@ -100,7 +100,7 @@ def test_a_window_leaves_a_band() -> None:
 
 
 def test_what_a_ring_sends() -> None:
-    """Keys and values to all others; backward their gradients, in float32, then home."""
+    """Keys and values to all others; backward their gradients too, and then home."""
     choice = CHOICES["blocks over both"]
     shard = KEY.num_bytes // 8
     _, rule = made(FORWARD)
