@@ -184,6 +184,14 @@ def scan_counts(params: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of an open jaxpr, and of those inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jex.core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
 def without_constants(closed: Any) -> tuple[Any, list[Any]]:
     """An open jaxpr that takes a closed one's constants as leading inputs."""
     return pe.convert_constvars_jaxpr(closed.jaxpr), list(closed.consts)

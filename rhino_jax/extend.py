@@ -1,7 +1,8 @@
 """How to teach Rhino an op of your own.
 
-A Pallas kernel, an FFI call or any primitive of another library runs whole unless there
-is a rule for it: which loops its dimensions are, as in an einsum.
+An FFI call or any primitive of another library runs whole unless there is a rule for
+it: which loops its dimensions are, as in an einsum. A Pallas kernel is split along its
+grid (:mod:`rhino_jax.rules.kernels`), and further by a rule and a local form.
 
 >>> register_rule("my_matmul", "bij,jk->bik")
 >>> registered()["my_matmul"].text

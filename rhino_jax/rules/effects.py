@@ -25,6 +25,5 @@ RULES: Mapping[str, RuleFn] = {
     **dict.fromkeys(ONCE, _whole),
     "pure_callback": _whole,
     "ffi_call": _whole,
-    "pallas_call": _whole,
     "platform_index": _whole,
 }

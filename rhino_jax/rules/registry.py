@@ -19,6 +19,7 @@ from rhino_jax.rules import (
     effects,
     elementwise,
     indexing,
+    kernels,
     linalg,
     placing,
     ragged,
@@ -43,6 +44,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     random,
     indexing,
     linalg,
+    kernels,
     placing,
     effects,
 )

@@ -22,10 +22,12 @@ from rhino_jax import compat
 from rhino_jax.ir.check import check
 from rhino_jax.ir.program import Op, Plain, Program, Value, Where
 from rhino_jax.rules import RULES
+from rhino_jax.rules.kernels import BLOCKS, KERNEL
 from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.rules.stated import PARAM
 from rhino_jax.trace.fallback import fallback_rule, registered_rule
 from rhino_jax.trace.hoist import HOIST, Call
+from rhino_jax.trace.kernels import kernel_blocks
 from rhino_jax.trace.rewrite import rewritten
 
 INLINED: Mapping[str, str] = {
@@ -259,6 +261,9 @@ def _params(eqn: Any, kind: str, bodies: Sequence[str]) -> dict[str, Plain]:
     if kind in CONSTRAINTS:
         name = "sharding" if kind == "sharding_constraint" else "dst_sharding"
         return {"spec": compat.spec_of(eqn.params[name])}
+    if kind == KERNEL:
+        blocks = kernel_blocks(eqn)
+        params |= {} if blocks is None else {BLOCKS: blocks}
     if kind == "scan":
         consts, carry = compat.scan_counts(eqn.params)
         params |= {"num_consts": consts, "num_carry": carry}

@@ -520,6 +520,7 @@ UNASKED = set(
     layout_constraint
     reshard
     sharding_constraint ffi_call pallas_call platform_index
+    dot_product_attention_fwd_wrapper dot_product_attention_bwd_wrapper
     """.split()
 )
 

@@ -17,6 +17,7 @@ from rhino_jax.lower.local import (
     effects,
     elementwise,
     indexing,
+    kernels,
     linalg,
     placing,
     ragged,
@@ -41,6 +42,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     random,
     indexing,
     linalg,
+    kernels,
     placing,
     effects,
 )
