@@ -14,9 +14,12 @@ import rhino_jax as rhino
 from rhino_jax import compat
 from rhino_jax.api.planned import subject_of
 from rhino_jax.api.planning import traced_bare
+from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cost.model import predict
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.options import make_options
 from rhino_jax.plan import make_plan
+from rhino_jax.rules import rule_of
 from rhino_jax.rules.attention import BACKWARD, FORWARD
 from rhino_jax.search.planner import Request, search
 from rhino_jax.search.prices import AlphaBeta
@@ -87,6 +90,11 @@ def test_a_found_plan_is_the_undecorated_step(
         if op.kind in (FORWARD, BACKWARD):
             assert set(done.choice.axes) == set(MESH), done.choice
     assert kinds <= sent
+    cluster = parse_cluster("h100:1x8")
+    predicted = predict(traced.program, found.assignment, mesh, cluster, rule_of)
+    assert [(c.kind, c.axes, c.count) for c in predicted.collectives] == [
+        (c.kind, c.axes, c.count) for c in plan.collectives
+    ]
     decorated = rhino.auto_parallel(plan=plan, mesh=MESH, donate=False)(step)
     got, loss = decorated(params, tokens)
     undecorated = jax.jit(partial(train_step, plain_attention))
