@@ -7,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental import pallas as pl
-from jax.experimental.pallas.ops.gpu.attention import mha
-from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.rules import rule_of
@@ -29,8 +28,11 @@ def split(op: Any, program: Any) -> set[str]:
     return {f.name for f in factors if f.traits.split and f.size > 1}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jax 0.11
 def test_flash_attention_on_a_gpu(device_mesh: Any) -> None:
     """Examples and heads, forward and backward, against the kernel on all of them."""
+    from jax.experimental.pallas.ops.gpu.attention import mha
+
     q = rand(2, 32, 4, 16)
 
     def step(q: Any, k: Any, v: Any) -> Any:
@@ -48,8 +50,10 @@ def test_flash_attention_on_a_gpu(device_mesh: Any) -> None:
     check_choices(alone, tried[:: len(tried) // 4], MESH, device_mesh(MESH), given)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_flash_attention_on_a_tpu() -> None:
     """Not run here: the kernels of both passes are split by examples and heads."""
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
 
     def step(q: Any, k: Any, v: Any) -> Any:
         return jnp.sum(flash_attention(q, k, v, causal=True).astype(jnp.float32))
