@@ -153,7 +153,7 @@ def attention(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
     else:
         factors.append(_summed(QUERIES, length, POSITIONAL, back))
         factors.append(_summed(KEYS, width, POSITIONAL if back else BLOCKED, back))
-    rest = [_rest(i, reads[i], about, factors) for i in range(BIAS, len(UNUSED) + 6)]
+    rest = [_rest(i, reads[i], about, factors) for i in range(BIAS, UNUSED.stop)]
     operands = [queries, keys, values, *rest]
     if biases:
         operands[BIAS] = biases

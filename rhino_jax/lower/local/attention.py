@@ -199,17 +199,18 @@ class _Here:
         """Their gradients, as :meth:`backward`: of these queries, of all keys."""
         q = self.part(self.given[QUERY], rows)
         wide = accumulating(q.dtype)
-        whole = [jnp.zeros_like(self.heads_first(x), wide) for x in (k, v)]
         if not columns:
-            return jnp.zeros_like(self.of_queries(q), wide), *whole
+            whole = self.of_queries(q), self.heads_first(k), self.heads_first(v)
+            return tuple(jnp.zeros_like(x, wide) for x in whole)
+        others = k.shape[self.about.sequence_dim] - columns
         k, v = (self.part(x, slice(0, columns)) for x in (k, v))
         sums = lax.slice_in_dim(self.given[SUMS], rows.start, rows.stop, axis=2)
         out, cotangent = (self.part(self.given[i], rows) for i in (RESULT, COTANGENT))
         rest = (*self.given[BIAS:SUMS], sums, out, cotangent)
-        dq, *others = self.shard.bind(q, k, v, *rest, mask_type=mask)
-        terms = (self.heads_first(x).astype(wide) for x in others)
-        total = (x.at[:, :, :columns].add(y) for x, y in zip(whole, terms, strict=True))
-        return self.of_queries(dq).astype(wide), *total
+        dq, *found = self.shard.bind(q, k, v, *rest, mask_type=mask)
+        unseen = ((0, 0), (0, 0), (0, others), (0, 0))
+        terms = (jnp.pad(self.heads_first(x).astype(wide), unseen) for x in found)
+        return self.of_queries(dq).astype(wide), *terms
 
     def joined(self, runs: list[Any]) -> Any:
         """Results of one run of queries after the other as those of all."""

@@ -124,7 +124,7 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, Any], dict[str, Any]]] = {
     ),
 }
 """Lengths of queries and keys, further arrays, options."""
-TRIED = 4
+TRIED = 3
 
 
 def only(name: str, kind: str) -> tuple[Program, Op]:
@@ -160,7 +160,7 @@ def test_shard_run_recombine(name: str, kind: str, device_mesh: Any) -> None:
     tried = alone_and_in_pairs(rule_of(program, op), MESH)
     if name in ("causal", "window"):
         assert {choice.on("s") for choice in tried} >= {(Split("x", 8),)}
-        some = list(RINGS)
+        some = list(RINGS if name == "causal" else RINGS[1:])
     else:
         some = tried[:: max(1, len(tried) // TRIED)]
     given = operands(program)
