@@ -302,7 +302,8 @@ class _Search:
     ) -> Iterator[Candidate]:
         with self._timed(READING):
             reading = read(subject)
-        meshes = [self._on(reading, mesh) for mesh in self.meshes]
+        even = max(counts) > 1
+        meshes = [self._on(reading, mesh, even=even) for mesh in self.meshes]
         meshes.sort(key=lambda one: one.answer.ticks)
         most = PREDICTED[self.wish.level - 1]
         kept: list[Sought] = []
@@ -336,10 +337,11 @@ class _Search:
         mesh: Mesh,
         byte_seconds: float = 0.0,
         start: Start | None = None,
+        even: bool = False,
     ) -> Sought:
         """One mesh searched, at a price for memory."""
         on = linked(self.wish.cluster, mesh)
-        request = Request(on, self.prices, pins=self.wish.pins)
+        request = Request(on, self.prices, pins=self.wish.pins, even=even)
         energy = energy_of(reading, request, self.memos.setdefault(on, Memo()))
         return Sought(reading, energy, self._answer(energy, byte_seconds, start=start))
 
