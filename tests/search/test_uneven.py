@@ -129,3 +129,27 @@ def test_what_is_run_in_microbatches_is_not_padded() -> None:
 
     assert any(f"{rows} as 4" in note for note in notes(1))
     assert notes(3) == ()
+
+
+def test_rows_that_powers_of_two_do_not_divide_are_cut_otherwise() -> None:
+    """24 examples, 3 on each of 8 devices, where there is no memory for all of them."""
+
+    def loss_of(params: Any, batch: Any) -> Any:
+        hidden = batch["x"]
+        for w in params:
+            hidden = jnp.tanh(hidden @ w)
+        return jnp.mean(hidden**2)
+
+    def train(params: Any, batch: Any) -> Any:
+        grads = jax.grad(loss_of)(params, batch)
+        return [p - g for p, g in zip(params, grads, strict=True)]
+
+    subject = subject_of(train, [f32(64, 64)] * 6, {"x": f32(24, 4097, 64)})
+    cluster, mesh = parse_cluster("h100:1x8"), Mesh.of(x=8)
+
+    def best(limit_bytes: int, microbatches: int = 0) -> Any:
+        wish = Wish(cluster, (mesh,), limit_bytes, 1, microbatches, "none")
+        return plan_search(subject, wish).best
+
+    peaks = [best(2**60, n).prediction.peak_bytes for n in (1, 3)]
+    assert best(sum(peaks) // 2).microbatches == 3
