@@ -166,8 +166,9 @@ class _Search:
         self.memos: dict[Mesh, Memo] = {}
         self.considered: list[Candidate] = []
         self.notes: dict[str, None] = {}
-        self.refused = self.uneven = False
-        """No plan in microbatches; it is only their number that does not divide."""
+        self.refused = False
+        self.uneven = False
+        """Of microbatches that were refused: it was only their number."""
         self.spent = {READING: 0.0, WRITING: 0.0}
 
     def run(self) -> Searched:

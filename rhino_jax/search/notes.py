@@ -104,16 +104,17 @@ def _uneven(
     found: dict[tuple[int, int, int], None] = {}
     wasted_seconds = 0.0
     for inner, op, plan, turns in _runs(program, assignment):
-        real = 1.0
+        if not plan.choice.splits:
+            continue
+        rule, real = rule_of(inner, op), 1.0
         for name, digits in plan.choice.splits:
-            size = rule_of(inner, op).factor(name).size
+            size = rule.factor(name).size
             wide = padded_size(size, digits, mesh)
             if wide != size:
                 real *= size / wide
                 shards = mesh.group_size(tuple(split.axis for split in digits))
                 found[size, shards, wide // shards] = None
         if real < 1 and cluster is not None:
-            rule = rule_of(inner, op)
             work = op_work(inner, op, rule, plan.choice, mesh, cluster.device)
             wasted_seconds += turns * (1 - real) * work.seconds
     if found:
