@@ -46,8 +46,8 @@ KINDS: Mapping[str, Kind] = {
     REDUCTION: Kind(True, True, True, "a split leaves a partial value"),
     BLOCKED: Kind(False, False, False, "must be whole"),
     WINDOW: Kind(True, False, False, "a split needs a halo"),
-    INDEXED: Kind(True, True, False, "indices outside the shard are masked"),
-    POSITIONAL: Kind(True, True, False, "the local form needs the global index"),
+    INDEXED: Kind(True, True, True, "indices outside the shard are masked"),
+    POSITIONAL: Kind(True, True, True, "the local form needs the global index"),
     RING: Kind(True, True, False, "shards of some operands go around all devices"),
 }
 
@@ -60,7 +60,8 @@ class Factor:
     lacks the factor, when the factor is a reduction, or indexed in an operand only.
     ``addends`` are operands that lack the factor and enter the sum once, whatever its
     trip count (the operand of a scatter-add): where the factor is split they are
-    wanted partial, so that they are counted once.
+    wanted partial, so that they are counted once. ``even``: no shard may be padded,
+    whatever the kind.
 
     Of a ring, ``handed`` are operands whose shards every device gets to see, one after
     the other, and ``returned`` results whose terms travel with them and come home.
@@ -71,6 +72,7 @@ class Factor:
     kind: str = PARALLEL
     operator: str = ""
     addends: tuple[int, ...] = ()
+    even: bool = False
     handed: tuple[int, ...] = ()
     returned: tuple[int, ...] = ()
 
@@ -106,6 +108,9 @@ class Rule:
     _implied: dict[Choice, Implied] = field(
         default_factory=dict, compare=False, repr=False, init=False
     )
+    _ragged: dict[str, bool] = field(
+        default_factory=dict, compare=False, repr=False, init=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_index", {f.name: f for f in self.factors})
@@ -117,6 +122,23 @@ class Rule:
         """How far apart in ``dim`` two neighbours along factor ``name`` are."""
         inner = dim[list(dim).index(name) + 1 :]
         return math.prod(self._index[n].size for n in inner)
+
+    def may_be_ragged(self, name: str) -> bool:
+        """Whether the last shards of a factor may be padded: its kind must allow it,
+        and in every dimension it must be outermost."""
+        if name not in self._ragged:
+            factor = self.factor(name)
+            self._ragged[name] = (
+                factor.traits.ragged
+                and not factor.even
+                and all(
+                    dim[0] == name
+                    for dims in (*self.operands, *self.results)
+                    for dim in dims
+                    if name in dim
+                )
+            )
+        return self._ragged[name]
 
     @cached_property
     def text(self) -> str:
@@ -317,7 +339,7 @@ def choice_problems(rule: Rule, choice: Choice, mesh: Mesh) -> list[str]:
         if factor.kind == RING and any(split.axis == TIME for split in digits):
             found.append(f"factor {name!r} is a ring: turns hand nothing around")
         ragged = padded_size(factor.size, digits, mesh) != factor.size
-        if ragged and (not traits.ragged or not _outermost(rule, name)):
+        if ragged and not rule.may_be_ragged(name):
             found.append(
                 f"factor {name!r} of size {factor.size} is split unevenly, and as "
                 f"{factor.kind} factor (or inner part of a dimension) it can not be"
@@ -348,15 +370,6 @@ def follow(
         if split.stride >= weight and (inner or (ragged_top and split.stride < top)):
             return name, Split(split.axis, split.stride // weight)
     return None
-
-
-def _outermost(rule: Rule, name: str) -> bool:
-    return all(
-        dim.index(name) == 0
-        for dims in (*rule.operands, *rule.results)
-        for dim in dims
-        if name in dim
-    )
 
 
 def _letters(names: Iterable[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ whole.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rhino_jax.ir.factors import (
     BLOCKED,
@@ -151,8 +151,10 @@ def attention(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
             Factor(SEQUENCE, length, RING, handed=(KEY, VALUE), returned=home)
         )
     else:
-        factors.append(_summed(QUERIES, length, POSITIONAL, back))
-        factors.append(_summed(KEYS, width, POSITIONAL if back else BLOCKED, back))
+        # A padded key would be seen.
+        queries_of = _summed(QUERIES, length, POSITIONAL, back)
+        keys_of = _summed(KEYS, width, POSITIONAL if back else BLOCKED, back)
+        factors += [replace(f, even=True) for f in (queries_of, keys_of)]
     rest = [_rest(i, reads[i], about, factors) for i in range(BIAS, UNUSED.stop)]
     operands = [queries, keys, values, *rest]
     if biases:

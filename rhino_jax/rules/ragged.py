@@ -76,12 +76,12 @@ def ragged_dot_general(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -
         if name == GROUP:
             kind = INDEXED
         operator = "sum" if kind in (REDUCTION, INDEXED) else ""
-        factors.append(Factor(name, size, kind, operator))
+        factors.append(Factor(name, size, kind, operator, even=name == GROUP))
     factors.append(Factor(COUNTS, counts[-1], BLOCKED))
     result = [n for n in left if n.startswith("b")]
     result += [n for n in (*left, *right) if n.startswith(("m", "n"))]
     if numbers.form == SUMS:
-        factors.append(Factor(GROUP, makes[0].shape[0], POSITIONAL))
+        factors.append(Factor(GROUP, makes[0].shape[0], POSITIONAL, even=True))
         result.insert(0, GROUP)
     heads = _heads(numbers, left) if len(counts) > 1 else ()
     operands: tuple[Dims, ...] = (plain(left), plain(right), plain((*heads, COUNTS)))

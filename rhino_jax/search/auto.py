@@ -38,7 +38,7 @@ from rhino_jax.search.timing import Refusal
 LADDER = (0.0, 0.1, 0.4, 1.5, 6.0, 25.0)
 """Prices of a byte: the device's whole memory is worth this many steps."""
 
-MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+MOST_MICROBATCHES = 64
 NOTHING = (
     "remat boundary changes nothing: layers are in a jax.checkpoint already, or there "
     "is one only"
@@ -131,6 +131,19 @@ def plan_search(subject: Subject, wish: Wish) -> Searched:
         return _Search(subject, wish).run()
 
 
+def microbatch_counts(batch_size: int) -> tuple[int, ...]:
+    """Numbers of microbatches to try: divisors of the batch. Powers of two, and where
+    they do not divide it all that do.
+
+    >>> microbatch_counts(32), microbatch_counts(12), microbatch_counts(25)
+    ((1, 2, 4, 8, 16, 32), (1, 2, 3, 4, 6, 12), (1, 5, 25))
+    """
+    most = min(batch_size, MOST_MICROBATCHES)
+    every = [n for n in range(1, most + 1) if batch_size % n == 0]
+    powers = [1 << n for n in range(most.bit_length())]
+    return tuple(powers if set(powers) <= set(every) else every)
+
+
 @contextmanager
 def _no_collections() -> Iterator[None]:
     """No garbage collections: a search makes millions of small values and no cycles."""
@@ -154,6 +167,8 @@ class _Search:
         self.considered: list[Candidate] = []
         self.notes: dict[str, None] = {}
         self.refused = False
+        self.uneven = False
+        """Of microbatches that were refused: it was only their number."""
         self.spent = {READING: 0.0, WRITING: 0.0}
 
     def run(self) -> Searched:
@@ -187,14 +202,16 @@ class _Search:
         """Ever more that is done to fit: what was found each time."""
         wish = self.wish
         policies = (wish.remat,) if wish.remat else (NONE, BOUNDARY)
-        counts = (wish.microbatches,) if wish.microbatches else MICROBATCHES
+        counts = microbatch_counts(self.subject.batch_size)
+        if wish.microbatches:
+            counts = (wish.microbatches,)
         yield self._with(policies[:1], counts[:1])
         if len(policies) > 1:
             if counts[0] == 1:
                 yield self._partly()
             yield self._with(policies[1:], counts[:1])
         for count in counts[1:]:
-            if self.refused or self.subject.batch_size % count:
+            if self.refused:
                 return
             yield self._with(policies, (count,))
 
@@ -302,7 +319,8 @@ class _Search:
     ) -> Iterator[Candidate]:
         with self._timed(READING):
             reading = read(subject)
-        meshes = [self._on(reading, mesh) for mesh in self.meshes]
+        even = max(counts) > 1
+        meshes = [self._on(reading, mesh, even=even) for mesh in self.meshes]
         meshes.sort(key=lambda one: one.answer.ticks)
         most = PREDICTED[self.wish.level - 1]
         kept: list[Sought] = []
@@ -321,7 +339,7 @@ class _Search:
             if found:
                 kept.append(one)
             yield from found
-        self.refused = not kept
+        self.refused = not kept and not self.uneven
         self.meshes = [one.energy.mesh for one in kept or meshes[:most]]
 
     def _under(self, policy: str, only: Sequence[int] | None = None) -> Subject:
@@ -336,10 +354,11 @@ class _Search:
         mesh: Mesh,
         byte_seconds: float = 0.0,
         start: Start | None = None,
+        even: bool = False,
     ) -> Sought:
         """One mesh searched, at a price for memory."""
         on = linked(self.wish.cluster, mesh)
-        request = Request(on, self.prices, pins=self.wish.pins)
+        request = Request(on, self.prices, pins=self.wish.pins, even=even)
         energy = energy_of(reading, request, self.memos.setdefault(on, Memo()))
         return Sought(reading, energy, self._answer(energy, byte_seconds, start=start))
 
@@ -398,6 +417,7 @@ class _Search:
             owner = subject.segmentation.owner if self.wish.pipeline else ()
             timed = microbatched(subject, assignment, mesh, count, owner)
             if isinstance(timed, Refusal):
+                self.uneven = timed.uneven
                 self.notes.update(
                     dict.fromkeys(f"no microbatches: {r}" for r in timed.reasons)
                 )

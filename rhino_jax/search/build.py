@@ -28,6 +28,8 @@ from rhino_jax.search.graph import (
 
 SAVING = ("forward", "residual")
 LATER = ("backward", "epilogue")
+GROWING = ("broadcast_in_dim", "iota")
+"""Ops that read (next to) nothing: made again on the way into every reader."""
 
 Env = dict[int, Endpoint | None]
 
@@ -443,14 +445,16 @@ def unwritten(program: Program) -> frozenset[int]:
     """Values that compilers make on the way into their one light reader."""
     outputs: Collection[int] = frozenset(program.outputs)
     found = set()
-    light = [not op.programs and is_light(rule_of(program, op)) for op in program.ops]
+    light = [
+        not op.programs and (op.kind in GROWING or is_light(rule_of(program, op)))
+        for op in program.ops
+    ]
     for index, op in enumerate(program.ops):
         if not light[index]:
             continue
         for v in op.results:
             uses = program.uses.get(v, ())
-            grows = op.kind in ("broadcast_in_dim", "iota")
-            few = len(uses) == 1 or grows
+            few = len(uses) == 1 or op.kind in GROWING
             if few and v not in outputs and all(_fuses(program, i) for i in uses):
                 found.add(v)
     return frozenset(found)

@@ -79,6 +79,7 @@ def filled_in(
         replicate_heavy=False,
         pins=pins,
         placed=dict(enumerate(placement.inputs)),
+        even=True,
     )
     return search(subject, request).assignment
 

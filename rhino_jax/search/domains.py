@@ -4,7 +4,8 @@ A slot says what one axis does for one variable: nothing, take the outermost dig
 part of a factor, let a partial value flow through, or (of a port) leave a sum partial.
 Slots of all axes make a :class:`~rhino_jax.ir.factors.Choice` or a
 :class:`~rhino_jax.ir.layout.Layout`. Axes on one part take its digits in the order of
-the mesh, so that what is stored is stored in blocks.
+the mesh, so that what is stored is stored in blocks. The outermost part of what is
+not stored need not divide: its last shards are then padded.
 
 Variables of one make (same rule, same parts) share a :class:`Kind`, which remembers
 what it was asked.
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from rhino_jax.ir.factors import Choice, Rule, choice_problems, layouts
 from rhino_jax.ir.layout import Layout, Split, contiguous, local_size, sorted_dim
 from rhino_jax.ir.mesh import TORUS, Mesh
-from rhino_jax.search.graph import OUTPUT, STATE, STORED, SUMMED, Graph, Var
+from rhino_jax.search.graph import OUTPUT, READ, STATE, STORED, SUMMED, Graph, Var
 from rhino_jax.search.parts import Name, Part, Parts
 
 Slot = tuple[str, Name, Part] | None
@@ -32,6 +33,12 @@ SPLIT, FLOW, SUM = "split", "flow", "sum"
 
 TILE = 8 * 128
 """Elements: a TPU compiler scatters whole tiles, more than one, or it all-reduces."""
+
+ALIGNED = 8
+"""Elements: padded shards of a long dimension hold a multiple of this many, 16 bytes
+of bfloat16, which is how matrix units load them."""
+LONG = 100 * ALIGNED
+"""Elements of a shard from which on that wastes less than 1 %."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class Domain:
 
 @dataclass
 class Kind:
-    """All variables of one make on one mesh."""
+    """All variables of one make on one mesh. ``pads``: shards may be padded."""
 
     mesh: Mesh
     parts: Parts
@@ -80,6 +87,7 @@ class Kind:
     fixed: Layout | None = None
     wanted: tuple[tuple[str, ...], ...] | None = None
     settled: bool = False
+    pads: bool = False
     _known: dict[Slots, Meaning | None] = field(default_factory=dict)
     _domains: dict[Hashable, Domain] = field(default_factory=dict)
 
@@ -131,15 +139,24 @@ class Kind:
             for d, n in enumerate(self.shape):
                 stored = self.role in STORED
                 parts = ((1, n),) if stored else self.parts[d]
-                for low, high in parts:
-                    if (high // low) % size == 0:
-                        yield SPLIT, d, (low, high)
+                for part in parts:
+                    if self._may_divide(d, part, size):
+                        yield SPLIT, d, part
             return
         for factor in self.rule.factors:
             if factor.traits.split:
-                for low, high in self.parts[factor.name]:
-                    if (high // low) % size == 0:
-                        yield SPLIT, factor.name, (low, high)
+                for part in self.parts[factor.name]:
+                    if self._may_divide(factor.name, part, size):
+                        yield SPLIT, factor.name, part
+
+    def _may_divide(self, name: Name, part: Part, size: int) -> bool:
+        """Whether a part may be cut in ``size``: evenly, or as the outermost part of
+        what may be padded, with fewer pads than elements."""
+        count = part[1] // part[0]
+        if count % size == 0:
+            return True
+        few = -(-count // size) * size < 2 * count
+        return self.pads and few and _may_pad(self.rule, self.shape, name, part)
 
     def meaning(self, slots: Slots) -> Meaning | None:
         """What ``slots`` say together; None where they can not be together."""
@@ -185,14 +202,18 @@ class Kind:
             if slot and slot[0] == SPLIT:
                 inside.setdefault((slot[1], slot[2]), []).append(axis)
         found: dict[Name, list[Split]] = {}
-        for (name, (low, high)), axes in inside.items():
+        for (name, part), axes in inside.items():
             size = self.mesh.group_size(tuple(axes))
-            if (high // low) % size:
+            if not self._may_divide(name, part, size):
                 return None
-            digits = contiguous(high, axes, self.mesh)
-            if any(split.stride % low for split in digits):
-                return None
-            found.setdefault(name, []).extend(digits)
+            low, high = part
+            count = high // low
+            if low == 1 and count % size and count >= LONG * size:
+                count = -(-count // (ALIGNED * size)) * ALIGNED * size
+            found.setdefault(name, []).extend(
+                Split(split.axis, split.stride * low)
+                for split in contiguous(count, axes, self.mesh)
+            )
         return found
 
     def _may_store(self, layout: Layout) -> bool:
@@ -220,14 +241,24 @@ class Kind:
 
 
 def kinds_of(
-    graph: Graph, all_of: Sequence[Parts], mesh: Mesh, made: dict[Hashable, Kind]
+    graph: Graph,
+    all_of: Sequence[Parts],
+    mesh: Mesh,
+    made: dict[Hashable, Kind],
+    even: bool = False,
 ) -> list[Kind]:
-    """For each variable its Kind; ``made`` are those there are, and gets the new."""
+    """For each variable its Kind; ``made`` are those there are, and gets the new.
+
+    ``even``: nothing is padded.
+    """
     found = []
     for var, parts in zip(graph.vars, all_of, strict=True):
-        key = _key(var, parts)
+        key = even, _key(var, parts)
         if key not in made:
-            made[key] = Kind(
+            pads = not even and _pads(var, parts, mesh)
+            # The same, where there is nothing to pad.
+            same = "pads", pads, key[1]
+            made[key] = made[same] = made.get(same) or Kind(
                 mesh,
                 parts,
                 var.rule,
@@ -237,9 +268,34 @@ def kinds_of(
                 var.fixed,
                 var.wanted,
                 var.settled,
+                pads,
             )
         found.append(made[key])
     return found
+
+
+def _pads(var: Var, parts: Parts, mesh: Mesh) -> bool:
+    """Whether a variable has an outermost part that may be padded, and does not divide.
+
+    Of ports only those that readers share: JAX stores no padded array, and no loop
+    carries or stacks one.
+    """
+    if var.rule is None and var.role != READ:
+        return False
+    return any(
+        high // low % mesh.num_devices and _may_pad(var.rule, var.shape, name, part)
+        for name, of in parts.items()
+        for part in of
+        for low, high in (part,)
+    )
+
+
+def _may_pad(rule: Rule | None, shape: Sequence[int], name: Name, part: Part) -> bool:
+    """Whether ``part`` is outermost in all there is, and may be padded."""
+    if rule is None:
+        return part[1] == shape[int(name)]
+    name = str(name)
+    return part[1] == rule.factor(name).size and rule.may_be_ragged(name)
 
 
 def _key(var: Var, parts: Parts) -> Hashable:

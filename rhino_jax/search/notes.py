@@ -9,6 +9,7 @@ from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import op_work
 from rhino_jax.ir.assignment import Assignment, OpPlan
+from rhino_jax.ir.layout import padded_size
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.rules import rule_of
@@ -37,14 +38,32 @@ def plan_notes(
 ) -> tuple[str, ...]:
     """One line for everything a reader should know of how a step is carried out.
 
-    With a ``cluster`` and the predicted ``step_seconds`` the ops that no family knows
-    come with their share of the step.
+    With a ``cluster`` and the predicted ``step_seconds`` the ops that no family knows,
+    and work on padding, come with their share of the step.
     """
+    over = assignment.over(mesh)
     return (
-        *_fallbacks(program, assignment, mesh, cluster, step_seconds),
+        *_fallbacks(program, assignment, over, cluster, step_seconds),
+        *_uneven(program, assignment, over, cluster, step_seconds),
         *dict.fromkeys(_remarks(program)),
         *ignored_constraints(program, mesh),
     )
+
+
+_Run = tuple[Program, Op, OpPlan, int]
+"""An op where it is run, by which plan, and how often in a step."""
+
+
+def _runs(program: Program, assignment: Assignment, turns: int = 1) -> Iterator[_Run]:
+    """Every op, those in bodies after what runs them."""
+    loop = assignment.loop
+    inside = frozenset(loop.ops) if loop else frozenset()
+    for index, (op, plan) in enumerate(zip(program.ops, assignment.ops, strict=True)):
+        times = turns * (loop.trips if loop and index in inside else 1)
+        yield program, op, plan, times
+        trips = op.param["length"] if op.kind == "scan" else 1
+        for inner, body in zip(op.programs, plan.inner, strict=True):
+            yield from _runs(inner, body, times * trips)
 
 
 def _fallbacks(
@@ -56,21 +75,14 @@ def _fallbacks(
 ) -> Iterator[str]:
     """One note for each kind of op that has no rule of ours."""
     found: dict[str, _Cost] = {}
-
-    def walk(program: Program, assignment: Assignment, turns: int) -> None:
-        for op, plan in zip(program.ops, assignment.ops, strict=True):
-            if plan.note:
-                cost = found.setdefault(f"{op.kind}: {plan.note}", _Cost())
-                moves = (*plan.before, *plan.after)
-                cost.times += turns
-                cost.num_bytes += turns * sum(move.wire_bytes for move in moves)
-                if cluster is not None:
-                    cost.seconds += turns * _seconds(program, op, plan, mesh, cluster)
-            trips = op.param["length"] if op.kind == "scan" else 1
-            for inner, body in zip(op.programs, plan.inner, strict=True):
-                walk(inner, body, turns * trips)
-
-    walk(program, assignment, 1)
+    for inner, op, plan, turns in _runs(program, assignment):
+        if plan.note:
+            cost = found.setdefault(f"{op.kind}: {plan.note}", _Cost())
+            moves = (*plan.before, *plan.after)
+            cost.times += turns
+            cost.num_bytes += turns * sum(move.wire_bytes for move in moves)
+            if cluster is not None:
+                cost.seconds += turns * _seconds(inner, op, plan, mesh, cluster)
     for what, cost in sorted(found.items()):
         share = (
             f", {cost.seconds / whole_seconds:.1%} of the predicted step"
@@ -81,6 +93,41 @@ def _fallbacks(
             f"{what} ({cost.times} times a step, {cost.num_bytes} bytes moved for "
             f"it{share})"
         )
+
+
+def _uneven(
+    program: Program,
+    assignment: Assignment,
+    mesh: Mesh,
+    cluster: Cluster | None,
+    whole_seconds: float,
+) -> Iterator[str]:
+    """What is padded, and how much of the step is work on padding."""
+    found: dict[tuple[int, int, int], None] = {}
+    wasted_seconds = 0.0
+    for inner, op, plan, turns in _runs(program, assignment):
+        if not plan.choice.splits:
+            continue
+        rule, real = rule_of(inner, op), 1.0
+        for name, digits in plan.choice.splits:
+            size = rule.factor(name).size
+            wide = padded_size(size, digits, mesh)
+            if wide != size:
+                real *= size / wide
+                shards = mesh.group_size(tuple(split.axis for split in digits))
+                found[size, shards, wide // shards] = None
+        if real < 1 and cluster is not None:
+            work = op_work(inner, op, rule, plan.choice, mesh, cluster.device)
+            wasted_seconds += turns * (1 - real) * work.seconds
+    if found:
+        each = ", ".join(f"{n} as {k} × {local}" for n, k, local in sorted(found))
+        share = (
+            f": {wasted_seconds / whole_seconds:.1%} of the predicted step is work on "
+            "padding"
+            if whole_seconds
+            else ""
+        )
+        yield f"uneven: {each}{share}"
 
 
 def _seconds(

@@ -38,7 +38,8 @@ class Request:
     ``replicate_heavy`` allows matrix products to be done whole on several devices.
     ``pins``: tree path or name to the axes of each dimension. ``orders``: in how many
     orders axes are taken. ``placed``: layouts of inputs (positions), as pins but
-    stronger than these.
+    stronger than these. ``even``: no shard is padded (one that is can not always be
+    run in microbatches).
     """
 
     mesh: Mesh
@@ -48,6 +49,7 @@ class Request:
     pins: Mapping[str, Spec] = field(default_factory=dict)
     orders: int = 2
     placed: Mapping[int, Layout] = field(default_factory=dict)
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def energy_of(reading: Reading, request: Request, memo: Memo | None = None) -> E
         mesh,
         request.prices,
         request.replicate_heavy,
-        kinds_of(graph, reading.parts, mesh, memo.kinds),
+        kinds_of(graph, reading.parts, mesh, memo.kinds, request.even),
         memo,
     )
 

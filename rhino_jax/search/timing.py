@@ -40,9 +40,13 @@ from rhino_jax.search.turns import (
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a step can not be cut in microbatches: every reason; str() is the message."""
+    """Why a step can not be cut in microbatches: every reason; str() is the message.
+
+    ``uneven``: another number of them may do.
+    """
 
     reasons: tuple[str, ...]
+    uneven: bool = False
 
     def __str__(self) -> str:
         return problems("the step can not be cut in microbatches:", self.reasons)
@@ -72,7 +76,8 @@ def timing(subject: Subject, rows: int, microbatches: int) -> Timing | Refusal:
             (
                 f"{microbatches} microbatches do not divide the {rows} examples that "
                 f"lie together on a device (batch size {subject.batch_size})",
-            )
+            ),
+            uneven=True,
         )
     top = _Top(subject, Split(TIME, rows // microbatches), microbatches)
     return top.run()

@@ -178,7 +178,7 @@ FAULTS = {
     "j: y/2": "split unevenly",
     "w: x/2": "window and can not be strided",
     "i: y/1": "6 is not a multiple of",
-    "g: y/2": "indexed factor",
+    "w: y/3": "window factor",
 }
 
 
@@ -200,6 +200,14 @@ def test_a_ragged_factor_must_be_outermost() -> None:
     assert not choice_problems(RULES["matmul"], parse_choice("i: y/2"), MESH)
     operands, results = layouts(RULES["matmul"], parse_choice("i: y/2"))
     assert (str(operands[0]), str(results[0])) == ("[y/2,-]", "[y/2,-]")
+
+
+@pytest.mark.parametrize("kind", ["parallel", "indexed", "positional"])
+def test_a_factor_that_must_be_even_is_not_ragged_whatever_its_kind(kind: str) -> None:
+    for even in (False, True):
+        rule = Rule((Factor("g", 4, kind, even=even),), ((("g",),),), ((("g",),),))
+        found = choice_problems(rule, parse_choice("g: y/2"), MESH)
+        assert any("split unevenly" in what for what in found) == even
 
 
 CARETS = {

@@ -32,8 +32,8 @@ def locate(
 ) -> tuple[jax.Array, jax.Array]:
     """Where each global ``index`` lies: its position on a shard, and whether on ours.
 
-    ``index`` is within ``[0, size)`` of a dimension split evenly at ``digits``. The
-    position is the number that the digits left on the shard form.
+    ``index`` is within ``[0, size)`` of a dimension split at ``digits``. The position
+    is the number that the digits left on the shard form.
     """
     position = jnp.zeros_like(index)
     mine = jnp.ones(index.shape, jnp.bool_)

@@ -9,6 +9,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from rhino_jax.ir.factors import INDEXED
 from rhino_jax.lower.local import (
     assembly,
     attention,
@@ -80,8 +81,15 @@ def run_local(shard: Shard, args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...
 
 
 def _filled(shard: Shard, args: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Operands with the pads of ragged reduction factors made neutral."""
-    ragged = [f for f in shard.rule.factors if f.operator and shard.is_ragged(f.name)]
+    """Operands with the pads of ragged reduction factors made neutral.
+
+    Nobody looks up an index in the pads of an indexed one.
+    """
+    ragged = [
+        f
+        for f in shard.rule.factors
+        if f.operator and f.kind != INDEXED and shard.is_ragged(f.name)
+    ]
     filled = list(args)
     for factor in ragged:
         inside = shard.index(factor.name) < factor.size

@@ -317,3 +317,35 @@ def test_far_out_of_bounds(dtype, device_mesh, x64):
     args = (rand(8, 4), vectors, rand(4))
     fun = put(((), (0, 1), (0, 1), (), ()), "drop")
     assert "indexed" in cover(fun, args, "scatter-add", device_mesh)
+
+
+PADDED = {
+    "gather": (lambda x, i: x[i], (rand(13, 4), ints(6, high=13))),
+    "scatter-add": (
+        lambda x, i, u: x.at[i].add(u, mode="drop"),
+        (rand(13, 4), wild(6), rand(6, 4, seed=1)),
+    ),
+    "dynamic_slice": (
+        lambda x, i: lax.dynamic_slice(x, (i, 0), (5, 4)),
+        (rand(13, 4), np.int32(7)),
+    ),
+    "dynamic_update_slice": (
+        lambda x, u, i: lax.dynamic_update_slice(x, u, (i, 0)),
+        (rand(13, 4), rand(5, 4, seed=1), np.int32(7)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_what_is_looked_up_may_be_padded(kind, device_mesh):
+    """13 rows over 4 devices, the last of which holds one of them."""
+    fun, args = PADDED[kind]
+    args = operands(fun, args, kind)
+    program, op = one_op(fun, *PADDED[kind][1], kind=kind)
+    rule = rule_of(program, op)
+    (name,) = rule.operands[0][0]
+    mesh = Mesh.of(x=4)
+    choice = Choice().with_split(name, Split("x", 4))
+    (want,) = evaluate(program, args)
+    (have,) = recombine(program, choice, mesh, device_mesh(mesh), args)
+    np.testing.assert_allclose(have, want, rtol=1e-6)
