@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rhino_jax.errors import PlanFileError, problems
-from rhino_jax.ir.assignment import Assignment, Loop
+from rhino_jax.ir.assignment import Assignment, Loop, trips_of
 from rhino_jax.ir.data import assignment_data, assignment_of
 from rhino_jax.ir.layout import Layout, parse_layout
 from rhino_jax.ir.mesh import STAGE, Axis, Mesh
@@ -349,9 +349,11 @@ def collectives(
         turns = count * (loop.trips if index in inside else 1)
         for move in plan.before:
             yield from _of_move(program, move, op, turns)
-        trips = op.param["length"] if op.kind == "scan" else 1
         for inner, body in zip(op.programs, plan.inner, strict=True):
-            yield from collectives(inner, body, turns * trips)
+            yield from collectives(inner, body, turns * trips_of(op, plan))
+            for move in plan.handed:
+                assert plan.staged is not None
+                yield from _of_move(inner, move, op, turns * plan.staged.ticks)
         for move in plan.after:
             yield from _of_move(program, move, op, turns)
     for move in loop.leave:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 
 from rhino_jax.errors import OptionsError
+from rhino_jax.ir.analysis.loops import accumulators
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
-from rhino_jax.search.complete import accumulators
 from rhino_jax.search.pins import pinned
 from rhino_jax.search.planner import Request, search
 from rhino_jax.search.prices import AlphaBeta

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from rhino_jax.ir.analysis.loops import accumulators
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.factors import Rule
 from rhino_jax.ir.layout import Layout
@@ -444,21 +445,6 @@ def _hoisted(program: Program, done: Completed, index: int, now: Layout) -> Layo
         (target,) = wanted
         return target if not target.partial else now
     return now
-
-
-def accumulators(program: Program, consts: int, carry: int) -> frozenset[int]:
-    """Carries that the body only adds something to: they may stay partial."""
-    found = set()
-    for i in range(carry):
-        value, out = program.inputs[consts + i], program.outputs[i]
-        uses = program.uses.get(value, ())
-        if len(uses) != 1 or program.outputs.count(out) != 1:
-            continue
-        op = program.ops[uses[0]]
-        adds = op.kind in ("add", "add_any") and op.operands.count(value) == 1
-        if adds and op.results == (out,) and out not in program.uses:
-            found.add(i)
-    return frozenset(found)
 
 
 CONTROL = {"scan": _scan, "while": _while, "cond": _cond, "remat2": _call}

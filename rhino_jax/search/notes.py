@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import op_work
-from rhino_jax.ir.assignment import Assignment, OpPlan
+from rhino_jax.ir.assignment import Assignment, OpPlan, trips_of
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.rules import rule_of
@@ -64,9 +64,8 @@ def _fallbacks(
                 cost.num_bytes += turns * sum(move.wire_bytes for move in moves)
                 if cluster is not None:
                     cost.seconds += turns * _seconds(program, op, plan, mesh, cluster)
-            trips = op.param["length"] if op.kind == "scan" else 1
             for inner, body in zip(op.programs, plan.inner, strict=True):
-                walk(inner, body, turns * trips)
+                walk(inner, body, turns * trips_of(op, plan))
 
     walk(program, assignment, 1)
     for what, cost in sorted(found.items()):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from rhino_jax.ir.analysis.classes import SegmentClass, segment_classes
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
+from rhino_jax.ir.staged import Staged
 from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.search.build import build_graph
 from rhino_jax.search.descend import Answer, search_axes, starts
@@ -74,8 +76,13 @@ class Reading:
     parts: Sequence[Parts] = field(repr=False)
 
 
-def read(subject: Subject) -> Reading:
-    """Regions, segments and classes of a subject's Program."""
+def read(
+    subject: Subject, staged: Mapping[int, Staged] = MappingProxyType({})
+) -> Reading:
+    """Regions, segments and classes of a subject's Program.
+
+    ``staged``: scans (ops) to be pipelined.
+    """
     program, pairs = subject.program, subject.pairs
     found = subject.regions
     classes: Sequence[SegmentClass] = ()
@@ -90,6 +97,7 @@ def read(subject: Subject) -> Reading:
         found.batch,
         frozenset(found.gradients.values()),
         ties,
+        staged,
     )
     return reading_of(subject, facts)
 
@@ -211,9 +219,14 @@ def _made(var: Var) -> tuple[int, ...]:
     return var.program.values[var.op.results[0]].shape
 
 
-def search(subject: Subject, request: Request) -> Found:
-    """The best Assignment found for ``subject`` on one mesh."""
-    reading = read(subject)
+def search(
+    subject: Subject,
+    request: Request,
+    staged: Mapping[int, Staged] = MappingProxyType({}),
+) -> Found:
+    """The best Assignment found for ``subject`` on one mesh, ``staged`` scans
+    pipelined."""
+    reading = read(subject, staged)
     energy = energy_of(reading, request)
     ticks = request.memory_weight * request.prices.ticks_per_second
     answer = search_axes(energy, starts(energy), request.orders, ticks)
