@@ -15,12 +15,21 @@ from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.staging import (
     microbatches_of,
+    one_program,
     predicted_of,
     stage_counts,
     stages_of,
     workers_of,
 )
-from rhino_jax.api.where import cluster_of, grid_of, laid, platform_of, where
+from rhino_jax.api.where import (
+    cluster_of,
+    grid_of,
+    in_one_program,
+    laid,
+    platform_of,
+    where,
+    with_stages,
+)
 from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cluster.topology import Cluster, part
 from rhino_jax.errors import (
@@ -37,17 +46,20 @@ from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.spans import EVERY, numbers, spans
+from rhino_jax.ir.staged import Staged
 from rhino_jax.options import AUTO, Options
 from rhino_jax.plan import Plan, Predicted, make_plan
 from rhino_jax.search.auto import Candidate, Wish, plan_search
-from rhino_jax.search.choose import default_meshes, plan_recipe
+from rhino_jax.search.choose import default_meshes, plan_recipe, plan_staged
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched, rows_together
 from rhino_jax.search.notes import plan_notes
 from rhino_jax.search.recipes import recipe_named
 from rhino_jax.search.remat import NONE, apply_remat
 from rhino_jax.search.specs import Spec
+from rhino_jax.search.staged import Uncut
 from rhino_jax.search.staging import Divided, check_stages
+from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
 from rhino_jax.trace import Traced, trace
 from rhino_jax.trace.arguments import leaves_of
@@ -165,6 +177,8 @@ def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
 
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     subject = subject_of(traced)
+    cut, uncut = _cut(subject, options)
+    options = in_one_program(options, cut) if cut else options
     jax_mesh, mesh, _ = where(options)
     limit = _limit(options, cluster)
     level, pipeline = options.optimization_level, options.stages is not None
@@ -182,7 +196,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         subject,
         Wish(
             share,
-            (mesh,) if mesh is not None else candidate_meshes(share, level),
+            (mesh,) if mesh is not None else _meshes(share, level, cut),
             # Every worker holds its part of what the search thinks one device holds.
             limit * workers,
             level,
@@ -192,6 +206,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
             traced.donated,
             "" if options.memory_limit_bytes else more_memory(cluster),
             pipeline,
+            cut,
         ),
     )
     best: Candidate = found.best
@@ -208,13 +223,32 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         options,
         jax_mesh,
         remat=_policies(best.remat, best.segments),
-        microbatches=best.microbatches,
+        microbatches=cut.microbatches if cut else best.microbatches,
         stages=stages,
         predicted=predicted,
-        notes=(*notes, *found.notes),
+        notes=(*uncut, *notes, *found.notes),
         cluster=share,
     )
     return replace(planned, cluster=share)
+
+
+def _cut(subject: Subject, options: Options) -> tuple[Staged | None, tuple[str, ...]]:
+    """How scanned layers are cut in stages of one program, and why they are not where
+    that was asked for."""
+    cut = one_program(subject, options)
+    if isinstance(cut, Uncut):
+        return None, tuple(
+            f"stages are programs of their own: {x}" for x in cut.reasons
+        )
+    return cut, ()
+
+
+def _meshes(cluster: Cluster, level: int, cut: Staged | None) -> tuple[Mesh, ...]:
+    """Meshes to try; those of one stage's devices, where there are stages."""
+    if cut is None:
+        return candidate_meshes(cluster, level)
+    share = candidate_meshes(part(cluster, cut.stages), level)
+    return tuple(with_stages(mesh, cut) for mesh in share)
 
 
 def _limit(options: Options, cluster: Cluster) -> int:
@@ -246,21 +280,28 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     remat = options.remat or NONE
     traced = rewritten(traced, remat)
     subject = subject_of(traced)
-    placement, assignment = plan_recipe(subject, mesh, recipe, _specs(options.pins))
+    cut, uncut = _cut(subject, options)
+    pins = _specs(options.pins)
+    placement, assignment = plan_recipe(subject, mesh, recipe, pins)
     if mesh.num_devices > 1 and not placement.found:
         raise OptionsError(
             f"recipe {recipe!r} needs weights that it could split on mesh ({mesh})"
             f", and {traced.program.name} has none; use another recipe, such as "
             "'zero3', or leave it out to search"
         )
+    if cut:
+        mesh = with_stages(mesh, cut)
+        assignment = plan_staged(subject, mesh, placement, pins, cut)
+        options = in_one_program(options, cut)
     batches = options.microbatches or 1
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = uncut
     owner: Sequence[int] = ()
     stages, divided = None, Divided(subject)
     if options.stages is not None:
         check_stages(divided, options.stages)
         rows = rows_together(subject, assignment, mesh)
-        batches, notes = microbatches_of(subject, options, rows)
+        batches, said = microbatches_of(subject, options, rows)
+        notes = (*notes, *said)
         owner = divided.segmentation.owner
     if batches > 1:
         timed = microbatched(subject, assignment, mesh, batches, owner)
@@ -281,7 +322,7 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
         jax_mesh,
         recipe=recipe,
         remat=_policies(remat),
-        microbatches=batches,
+        microbatches=cut.microbatches if cut else batches,
         stages=stages,
         notes=notes,
     )
@@ -371,6 +412,8 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
     for segments, policy in plan.remat:
         traced = rewritten(traced, policy, segments)
     plan.fits(traced.program)
+    if plan.assignment.staged and options.stages is not None:
+        options = in_one_program(options, plan.assignment.staged[0])
     jax_mesh, mesh, count = where(options, plan.stages)
     if mesh is not None and mesh.shape != plan.mesh.shape:
         raise MeshError(

@@ -51,6 +51,10 @@ class Staged:
         """The share of its ticks that a stage does nothing of use in."""
         return (self.stages - 1) / self.ticks
 
+    def __str__(self) -> str:
+        each = f" of {self.rounds} rounds, circular" if self.rounds > 1 else ", gpipe"
+        return f"{self.stages} stages in one program{each} ({self.bubble:.0%} idle)"
+
     def turns(self, length: int) -> int:
         """Layers that one stage runs in one tick, of a scan over ``length``."""
         return length // (self.stages * self.rounds)

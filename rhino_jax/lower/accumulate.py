@@ -25,6 +25,7 @@ from rhino_jax.lower.totals import COMBINE, empty
 
 Arrays = Sequence[jax.Array]
 
+
 def run(
     program: Program, assignment: Assignment, mesh: Mesh, args: Arrays
 ) -> list[jax.Array]:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from rhino_jax.ir.depends import forward
 from rhino_jax.ir.layout import Layout
-from rhino_jax.ir.mesh import STAGE
 from rhino_jax.ir.program import Op, Program, Value
-from rhino_jax.ir.staged import Staged, lifts
+from rhino_jax.ir.staged import lifts
 from rhino_jax.rules import HEAVY, rule_of
 from rhino_jax.search.graph import (
     INNER,
@@ -27,6 +26,7 @@ from rhino_jax.search.graph import (
     is_light,
     is_light_kind,
 )
+from rhino_jax.search.rows import NO_LIMITS, Fed, Limits
 
 SAVING = ("forward", "residual")
 LATER = ("backward", "epilogue")
@@ -53,12 +53,11 @@ class _Scope:
     env: Env
     single: set[tuple[int, str]] = field(default_factory=set)
     """Values with one reader in a group, or none that needs a port."""
-    staged: Staged | None = None
-    """Of the pipelined loop that this is in, if it is in one."""
+    fed: Fed | None = None
+    """Of the body of a pipelined loop, and of what is in it."""
 
-    @property
-    def barred(self) -> tuple[str, ...]:
-        return (STAGE,) if self.staged else ()
+    def limits(self, values: Sequence[int]) -> Limits:
+        return self.fed.limits(values) if self.fed else NO_LIMITS
 
 
 def build_graph(program: Program, facts: Facts) -> Graph:
@@ -123,20 +122,20 @@ class _Builder:
         program: Program,
         value: Value,
         role: str,
-        barred: tuple[str, ...] = (),
+        limits: Limits = NO_LIMITS,
     ) -> int:
         if key not in self.made:
             self.made[key] = len(self.graph.vars)
             self.graph.vars.append(
-                Var(
-                    program, None, None, value.shape, value.dtype, role, barred=barred
-                )
+                Var(program, None, None, value.shape, value.dtype, role, limits=limits)
             )
         return self.made[key]
 
-    def _staged(self, scope: _Scope, index: int) -> Staged | None:
-        """How an op is pipelined, or the loop that it is in."""
-        return scope.staged if scope.path else self.facts.staged.get(index)
+    def _fed(self, scope: _Scope, index: int, body: int = 0) -> Fed | None:
+        """A body of an op, if it is in a pipelined loop."""
+        if scope.path:
+            return scope.fed.inside(index, body) if scope.fed else None
+        return self.facts.fed.get(index)
 
     def _site(self, scope: _Scope, index: int, op: Op) -> int:
         at = self._tied(scope, index)
@@ -151,7 +150,7 @@ class _Builder:
                     rule_of(scope.program, op),
                     fused=fused,
                     heavy=op.kind in HEAVY,
-                    barred=scope.barred,
+                    limits=scope.limits((*op.operands, *op.results)),
                 )
             )
         var = self.made[key]
@@ -186,8 +185,8 @@ class _Builder:
         elif value.shape and (v, group) not in scope.single:
             source = self._shared(scope, v, group, source)
         weight = weight or scope.weight
-        if scope.staged and v not in scope.batch:
-            weight *= scope.staged.microbatches  # moved whole for every one
+        if scope.fed and v not in scope.batch:
+            weight *= scope.fed.staged.microbatches  # moved whole for every one
         self.graph.link(source, target, value, weight)
 
     def _shared(self, scope: _Scope, v: int, group: str, source: Endpoint) -> Endpoint:
@@ -209,7 +208,7 @@ class _Builder:
         tied = v if scope.path else self.facts.ties.values.get(v, v)
         value = scope.program.values[v]
         key = "read", scope.key, tied, group
-        var = self._port(key, scope.program, value, READ, scope.barred)
+        var = self._port(key, scope.program, value, READ, scope.limits((v,)))
         self.graph.reads[scope.path, v, group] = var
         self.graph.link(source, Endpoint(var), value, scope.weight)
         if not scope.path and v in self.facts.gradients:
@@ -304,7 +303,7 @@ class _Builder:
             unwritten(program),
             frozenset(program.outputs),
             dict(zip(program.inputs, env, strict=True)),
-            staged=self._staged(scope, index),
+            fed=self._fed(scope, index, body),
         )
         self._walk(inside)
         ends = tuple(
@@ -322,11 +321,13 @@ class _Builder:
         name: str,
         value: Value,
         role: str = INNER,
+        v: int | None = None,
     ) -> int:
         key = "inner", scope.key, self._tied(scope, index), body, name
         program = scope.program.ops[index].programs[body]
-        barred = (STAGE,) if self._staged(scope, index) else ()
-        return self._port(key, program, value, role, barred)
+        fed = self._fed(scope, index, body)
+        limits = fed.limits((v,)) if fed else NO_LIMITS
+        return self._port(key, program, value, role, limits)
 
     def _give(self, inside: _Scope, place: int, port: int) -> None:
         """The body's output at ``place`` lies as ``port`` says."""
@@ -351,8 +352,8 @@ Opened = list[Endpoint | None]
 def _scan(b: _Builder, scope: _Scope, index: int, op: Op, region: str) -> Opened:
     (program,) = op.programs
     consts, carry = op.param["num_consts"], op.param["num_carry"]
-    staged, turns = b._staged(scope, index), op.param["length"]
-    cut = None if scope.path else staged
+    fed, turns = b._fed(scope, index), op.param["length"]
+    cut = fed.staged if fed and not scope.path else None
     entering, leaving = lifts(op, cut)
     weight = scope.weight * turns
     if cut:
@@ -363,7 +364,7 @@ def _scan(b: _Builder, scope: _Scope, index: int, op: Op, region: str) -> Opened
     for i, v in enumerate(op.operands):
         inner = program.values[program.inputs[i]]
         role = SUMMED if consts <= i < consts + carry else INNER
-        port = b._inner_port(scope, index, 0, f"in{i}", inner, role)
+        port = b._inner_port(scope, index, 0, f"in{i}", inner, role, program.inputs[i])
         b._read(scope, v, region, Endpoint(port, 0, entering[i]))
         env.append(Endpoint(port))
     inside = b._inner(scope, index, op, 0, env, region, weight)
@@ -377,7 +378,7 @@ def _scan(b: _Builder, scope: _Scope, index: int, op: Op, region: str) -> Opened
             results.append(Endpoint(port, 0, leaving[place]))
         else:
             port = b._inner_port(
-                scope, index, 0, f"out{place}", program.values[v], SUMMED
+                scope, index, 0, f"out{place}", program.values[v], SUMMED, v
             )
             held = b.graph.vars[port].held
             held[0] = held.get(0, 0) + turns

@@ -21,6 +21,7 @@ from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
 from rhino_jax.ir.staged import Lift
 from rhino_jax.search.graph import OUTPUT, STATE, STORED, SUMMED, Graph, Var
 from rhino_jax.search.parts import Name, Part, Parts
+from rhino_jax.search.rows import NO_LIMITS, Limits
 
 Slot = tuple[str, Name, Part] | None
 """("split", factor or dimension, part), ("flow", number, ...), ("sum", ...) or None."""
@@ -79,7 +80,7 @@ class Kind:
     fixed: Layout | None = None
     wanted: tuple[tuple[str, ...], ...] | None = None
     settled: bool = False
-    barred: tuple[str, ...] = ()
+    limits: Limits = NO_LIMITS
     _known: dict[Slots, Meaning | None] = field(default_factory=dict)
     _domains: dict[Hashable, Domain] = field(default_factory=dict)
 
@@ -105,7 +106,11 @@ class Kind:
 
     def options(self, axis: str) -> tuple[Slot, ...]:
         """The slots of one axis, whatever the others are."""
-        if self.fixed is not None or self.mesh.size(axis) == 1 or axis in self.barred:
+        if (
+            self.fixed is not None
+            or self.mesh.size(axis) == 1
+            or axis in self.limits.barred
+        ):
             return (None,)
         found = list(self._splits(axis))
         if self.wanted is not None:
@@ -144,7 +149,12 @@ class Kind:
     def meaning(self, slots: Slots) -> Meaning | None:
         """What ``slots`` say together; None where they can not be together."""
         if slots not in self._known:
-            self._known[slots] = self._meaning(slots)
+            found = self._meaning(slots)
+            if found is not None:
+                wanted = found.wants if self.rule is not None else ()
+                allowed = self.limits.allow((*wanted, *found.gives), self.mesh)
+                found = found if allowed else None
+            self._known[slots] = found
         return self._known[slots]
 
     def _meaning(self, slots: Slots) -> Meaning | None:
@@ -241,7 +251,7 @@ def kinds_of(
                 var.fixed,
                 var.wanted,
                 var.settled,
-                var.barred,
+                var.limits,
             )
         found.append(made[key])
     return found
@@ -250,5 +260,5 @@ def kinds_of(
 def _key(var: Var, parts: Parts) -> Hashable:
     made_of: Sequence[Hashable] = tuple(parts.items())
     rule = id(var.rule) if var.rule is not None else None
-    pinned = var.fixed, var.wanted, var.settled, var.barred
+    pinned = var.fixed, var.wanted, var.settled, var.limits
     return rule, var.shape, var.role, var.lifted, pinned, made_of

@@ -101,7 +101,7 @@ class Energy:
         """Ticks of an op, as often as it runs."""
         cost = self._op(var, meaning) * var.weight if var.is_site else 0
         if var.heavy and not self.copies:
-            cost += COPY * _idle_axes(slots, self.mesh, var.barred)
+            cost += COPY * _idle_axes(slots, self.mesh, var.limits.barred)
         return min(cost, FORBIDDEN)
 
     def held_bytes(self, var: Var, meaning: Meaning) -> int:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from rhino_jax.ir.factors import PARALLEL, Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.program import Op, Program, Value
-from rhino_jax.ir.staged import AS_IT_IS, Lift, Staged
+from rhino_jax.ir.staged import AS_IT_IS, Lift
+from rhino_jax.search.rows import NO_LIMITS, Fed, Limits
 
 INPUT, STATE, OUTPUT = "input", "state", "output"
 INNER, SUMMED, READ = "inner", "summed", "read"
@@ -70,8 +71,8 @@ class Var:
     lifted: bool = False
     settled: bool = False
     """Gives no partial value: several read it, or it is a number of no batch."""
-    barred: tuple[str, ...] = ()
-    """Axes that do nothing here: inside a pipelined loop, that of its stages."""
+    limits: Limits = NO_LIMITS
+    """Of what is inside a pipelined loop."""
 
     @property
     def is_site(self) -> bool:
@@ -139,7 +140,8 @@ class Facts:
     ``roles``: of each input. ``successor``: input position of an output that is the
     next value of that input. ``region``: of each op of the outermost Program, and
     ``batch`` its values that depend on the batch; ``gradients`` are values that wait
-    for the update together. ``staged``: scans (ops) that are pipelined.
+    for the update together. ``fed``: scans (ops) that are pipelined, and
+    what is known of their bodies.
     """
 
     roles: Sequence[str]
@@ -148,7 +150,7 @@ class Facts:
     batch: frozenset[int]
     gradients: frozenset[int] = frozenset()
     ties: Ties = Ties()
-    staged: Mapping[int, Staged] = field(default_factory=dict)
+    fed: Mapping[int, Fed] = field(default_factory=dict)
 
 
 def group_of(batch: bool, region: str) -> str:

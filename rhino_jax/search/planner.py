@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from rhino_jax.ir.analysis.batch import batch_dims
 from rhino_jax.ir.analysis.classes import SegmentClass, segment_classes
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.staged import Staged
+from rhino_jax.rules import rule_of
 from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.search.build import build_graph
 from rhino_jax.search.descend import Answer, search_axes, starts
@@ -23,6 +25,7 @@ from rhino_jax.search.parts import Parts, all_parts
 from rhino_jax.search.pins import Pinned, checked_pins
 from rhino_jax.search.prices import Prices
 from rhino_jax.search.remat_scans import REMATERIALIZE
+from rhino_jax.search.rows import Fed
 from rhino_jax.search.specs import Spec, pin_of
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.write import write
@@ -89,6 +92,8 @@ def read(
     if len(program.ops) > MOST_UNTIED_OPS:
         classes = segment_classes(program, found, subject.segmentation, pairs)
     ties = ties_of(program, classes, repeats(program).ops)
+    dims = batch_dims(program, subject.batch_inputs, rule_of) if staged else None
+    fed = {i: Fed(cut, dims.inner[i][0]) for i, cut in staged.items() if dims}
     roles = [STATE if i in pairs else INPUT for i in range(len(program.inputs))]
     facts = Facts(
         roles,
@@ -97,7 +102,7 @@ def read(
         found.batch,
         frozenset(found.gradients.values()),
         ties,
-        staged,
+        fed,
     )
     return reading_of(subject, facts)
 

@@ -87,7 +87,8 @@ class _Writer:
                 self._body(frame, index, number, region)
                 for number in range(len(op.programs))
             )
-            staged = None if frame.path else self.facts.staged.get(index)
+            fed = None if frame.path else self.facts.fed.get(index)
+            staged = fed.staged if fed else None
             plan, rule = OpPlan(inner=inner, staged=staged), None
         else:
             choice = self.answer[self.graph.sites[frame.path, index]].choice
