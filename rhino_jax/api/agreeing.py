@@ -18,13 +18,13 @@ from rhino_jax import compat
 from rhino_jax.api.cache import asked, sources
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.planning import bind, plan_traced
-from rhino_jax.api.staging import one_program
+from rhino_jax.api.staging import ways_to_cut
 from rhino_jax.api.where import cluster_of
 from rhino_jax.errors import OptionsError
-from rhino_jax.ir.staged import Staged
 from rhino_jax.options import Options
 from rhino_jax.plan import Plan
 from rhino_jax.runtime.publish import Facts, Group, agreed, group_of
+from rhino_jax.search.staged import Uncut
 from rhino_jax.trace import Traced
 
 PACKAGES = ("rhino-jax", "jax", "jaxlib")
@@ -74,7 +74,8 @@ def _stages_apart(traced: Traced, options: Options, given: Plan | None) -> bool:
         return given.stages is not None
     if options.pipeline_stages is None:
         return False
-    return not isinstance(one_program(subject_of(traced), options), Staged)
+    cuts = ways_to_cut(subject_of(traced), options)
+    return isinstance(cuts, Uncut) or not cuts
 
 
 def group_here(options: Options) -> Group | None:

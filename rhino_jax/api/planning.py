@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,10 +16,10 @@ from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.staging import (
     microbatches_of,
-    one_program,
     predicted_of,
     stage_counts,
     stages_of,
+    ways_to_cut,
     workers_of,
 )
 from rhino_jax.api.where import (
@@ -54,7 +55,7 @@ from rhino_jax.search.choose import default_meshes, plan_recipe, plan_staged
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched, rows_together
 from rhino_jax.search.notes import plan_notes
-from rhino_jax.search.recipes import recipe_named
+from rhino_jax.search.recipes import Placement, recipe_named
 from rhino_jax.search.remat import NONE, apply_remat
 from rhino_jax.search.specs import Spec
 from rhino_jax.search.staged import Uncut
@@ -149,16 +150,16 @@ def _check_lowering(traced: Traced, options: Options) -> None:
 
 
 def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
-    """By a search; where the number of stages is left to it, by one for each."""
-    if options.pipeline_stages != AUTO:
-        return _by_search(traced, options, cluster)
+    """By a search; by several, where stages or their microbatches are left to it."""
+    ways = list(_ways(subject_of(traced), options, cluster))
+    if len(ways) == 1:
+        return _by_search(traced, ways[0][1], cluster)
     found: list[tuple[float, Planned]] = []
     said: list[str] = []
     alone: RhinoError | None = None
-    for stages in (None, *stage_counts(cluster, options)):
-        name = f"{stages} stages" if stages else "no pipeline"
+    for name, way in ways:
         try:
-            one = _by_search(traced, replace(options, pipeline_stages=stages), cluster)
+            one = _by_search(traced, way, cluster)
         except (InfeasibleError, MeshError) as error:
             alone = alone or error
             said.append(f"{name} can not be")
@@ -175,9 +176,30 @@ def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     return replace(best, plan=replace(best.plan, notes=(*best.plan.notes, note)))
 
 
+def _ways(
+    subject: Subject, options: Options, cluster: Cluster
+) -> Iterator[tuple[str, Options]]:
+    """The pipelines that are compared, each by name: of any number of stages where that
+    is left open; scanned layers in one program, with several numbers of microbatches.
+    """
+    auto = options.pipeline_stages == AUTO
+    schedules = dict.fromkeys((options.schedule, *(("gpipe",) if auto else ())))
+    counts = (None, *stage_counts(cluster, options)) if auto else (options.stages,)
+    for stages, schedule in itertools.product(counts, schedules):
+        way = replace(options, pipeline_stages=stages, schedule=schedule)
+        cuts = ways_to_cut(subject, way)
+        if isinstance(cuts, tuple) and cuts:
+            for cut in cuts:
+                many = f"{cut.microbatches} microbatches"
+                yield f"{cut}, {many}", replace(way, microbatches=cut.microbatches)
+        elif schedule == options.schedule:
+            yield f"{stages} stages" if stages else "no pipeline", way
+
+
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     subject = subject_of(traced)
-    cut, uncut = _cut(subject, options)
+    cuts, uncut = _cuts(subject, options)
+    cut = cuts[0] if cuts else None
     options = in_one_program(options, cut) if cut else options
     jax_mesh, mesh, _ = where(options)
     limit = _limit(options, cluster)
@@ -232,15 +254,32 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     return replace(planned, cluster=share)
 
 
-def _cut(subject: Subject, options: Options) -> tuple[Staged | None, tuple[str, ...]]:
-    """How scanned layers are cut in stages of one program, and why they are not where
-    that was asked for."""
-    cut = one_program(subject, options)
-    if isinstance(cut, Uncut):
-        return None, tuple(
-            f"stages are programs of their own: {x}" for x in cut.reasons
-        )
-    return cut, ()
+def _cuts(
+    subject: Subject, options: Options
+) -> tuple[tuple[Staged, ...], tuple[str, ...]]:
+    """How scanned layers may be cut in stages of one program, and why they can not be
+    where that was asked for."""
+    cuts = ways_to_cut(subject, options)
+    if isinstance(cuts, Uncut):
+        return (), tuple(f"stages are programs of their own: {x}" for x in cuts.reasons)
+    return cuts, ()
+
+
+def _recipe_in_stages(
+    subject: Subject,
+    mesh: Mesh,
+    placement: Placement,
+    pins: Mapping[str, Spec],
+    cuts: Sequence[Staged],
+) -> tuple[Staged, Assignment]:
+    """The first of ``cuts`` that the placement leaves rows enough for."""
+    *others, last = cuts
+    for cut in others:
+        try:
+            return cut, plan_staged(subject, mesh, placement, pins, cut)
+        except InfeasibleError:
+            continue  # fewer microbatches may do; the last one's error is told
+    return last, plan_staged(subject, mesh, placement, pins, last)
 
 
 def _meshes(cluster: Cluster, level: int, cut: Staged | None) -> tuple[Mesh, ...]:
@@ -280,7 +319,7 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     remat = options.remat or NONE
     traced = rewritten(traced, remat)
     subject = subject_of(traced)
-    cut, uncut = _cut(subject, options)
+    cuts, uncut = _cuts(subject, options)
     pins = _specs(options.pins)
     placement, assignment = plan_recipe(subject, mesh, recipe, pins)
     if mesh.num_devices > 1 and not placement.found:
@@ -289,9 +328,10 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
             f", and {traced.program.name} has none; use another recipe, such as "
             "'zero3', or leave it out to search"
         )
-    if cut:
-        mesh = with_stages(mesh, cut)
-        assignment = plan_staged(subject, mesh, placement, pins, cut)
+    cut = None
+    if cuts:
+        mesh = with_stages(mesh, cuts[0])
+        cut, assignment = _recipe_in_stages(subject, mesh, placement, pins, cuts)
         options = in_one_program(options, cut)
     batches = options.microbatches or 1
     notes: tuple[str, ...] = uncut

@@ -146,6 +146,7 @@ def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
         frame.get(value, layout)
         for value, layout in zip(op.operands, wanted, strict=True)
     )
+    outs: Arrays
     if plan.staged:
         (inner,), (done,) = op.programs, plan.inner
         outs = Ring(op, plan, frame.mesh, partial(_turn, inner, done)).run(args)

@@ -343,12 +343,11 @@ class _Search:
         """The scans that are pipelined, where some are to be."""
         if self.wish.staged is None:
             return None
-        program, found = self.cut or (None, None)
-        if program is not subject.program:
+        if self.cut is None or self.cut[0] is not subject.program:
             found = staged_scans(subject, self.wish.staged)
             assert isinstance(found, Scans), f"asked for stages, and {found}"
             self.cut = subject.program, found
-        return found
+        return self.cut[1]
 
     def _on(
         self,
@@ -416,11 +415,11 @@ class _Search:
         over = mesh
         scans = self._scans(subject)
         if scans:
-            found = fed(scans, subject.program, assignment, mesh)
-            if isinstance(found, Uncut):
-                self.notes.update(dict.fromkeys(found.reasons))
+            divided = fed(scans, subject.program, assignment, mesh)
+            if isinstance(divided, Uncut):
+                self.notes.update(dict.fromkeys(divided.reasons))
                 return None
-            assignment = found
+            assignment = divided
         elif count > 1:
             owner = subject.segmentation.owner if self.wish.pipeline else ()
             timed = microbatched(subject, assignment, mesh, count, owner)

@@ -107,10 +107,10 @@ def plan_staged(
     assert isinstance(scans, Scans), f"asked for stages, and {scans}"
     layouts = list(placement.inputs)
     for i in subject.pairs:
-        layers = subject.shape(i)[:1]
-        if subject.stacked.get(subject.kin.get(i, i), False) and layers:
+        shape = subject.shape(i)
+        if shape and subject.stacked.get(subject.kin.get(i, i), False):
             here = [split.axis for split in layouts[i].dims[0]]
-            dim = contiguous(*layers, (STAGE, *here), mesh)
+            dim = contiguous(shape[0], (STAGE, *here), mesh)
             layouts[i] = replace(layouts[i], dims=(dim, *layouts[i].dims[1:]))
     used = {
         i: replace(x, dims=(layouts[i].dims[0], *x.dims[1:]))

@@ -31,6 +31,8 @@ from rhino_jax.lower.reshard import Here, neutral
 from rhino_jax.lower.totals import COMBINE, empty
 
 Arrays = Sequence[jax.Array]
+Held = tuple[list[jax.Array], list[jax.Array], list[jax.Array]]
+"""In a loop over layers: what is passed on, what is added to, what is stacked."""
 Body = Callable[..., list[jax.Array]]
 """The mesh in one tick, then a body's inputs, to its outputs; all are local shards."""
 
@@ -249,7 +251,9 @@ class Ring:
         ring = [(i, (i + step) % count) for i in range(count)]
         return lax.ppermute(x, STAGE, ring)
 
-    def _kept(self, pending: Arrays, received: Arrays, time: jax.Array) -> Arrays:
+    def _kept(
+        self, pending: Arrays, received: Arrays, time: jax.Array
+    ) -> list[jax.Array]:
         """What came back to the first stage, in the place of what it took in."""
         done = time - (self.staged.stages - 1)
         number = jnp.maximum(done, 0) % self.staged.microbatches
@@ -282,7 +286,7 @@ class Ring:
 
     def _layers(
         self, now: Now, taken: Arrays, terms: Arrays, stacks: Arrays, args: Arrays
-    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    ) -> Held:
         """One microbatch through the layers of one round."""
         first = self.consts + self.carry
         here = Here(self.mesh.axes, now.number)
@@ -296,7 +300,7 @@ class Ring:
         reverse, rounds = self.op.param["reverse"], self.staged.rounds
         base = (rounds - 1 - now.round if reverse else now.round) * self.turns
 
-        def run(held: tuple[Arrays, ...], turn: jax.Array) -> tuple[object, None]:
+        def run(held: Held, turn: jax.Array) -> tuple[Held, None]:
             passed, added, stacks = held
             layer = base + (self.turns - 1 - turn if reverse else turn)
             carry = dict(zip(self.passed, passed, strict=True))
