@@ -33,10 +33,13 @@ import rhino_jax as rhino
 from benchmarks.equality import STATE_TOLERANCE, worst_leaf
 from benchmarks.models import materialize
 from benchmarks.models.branches import STEPS
+from rhino_jax.api.staging import IN_ONE_PROGRAM
 from rhino_jax.options import make_options
 from rhino_jax.schedule.generate import LOOPED, SCHEDULES
 
-ZOO = ("gpt_unrolled", "t5", "moe", "resnet")
+ZOO = ("gpt_unrolled", "gpt_scanned", "t5", "moe", "resnet")
+SCANNED = {"gpt_scanned": 4}
+"""Models whose layers are in one scan, and how many: stages of one program."""
 MICROBATCHES = {"resnet": 1, "clip": 1, "moe": 2}
 """Where not 4: models that mix examples, or regroup their tokens."""
 MESHES = {"1": {}, "2": {"data": 2}, "2x2": {"data": 2, "tensor": 2}}
@@ -67,9 +70,15 @@ class Case:
 
 def possible(case: Case) -> bool:
     """Whether a case asks for nothing that contradicts itself."""
+    if case.model in SCANNED and case.schedule not in IN_ONE_PROGRAM:
+        return False
     if case.recipe == "megatron":
         # Products to split across, and an axis for it.
-        return case.mesh == "2x2" and case.model in ("gpt_unrolled", "t5")
+        return case.mesh == "2x2" and case.model in (
+            "gpt_unrolled",
+            "gpt_scanned",
+            "t5",
+        )
     return case.recipe == "search" or case.mesh != "1"
 
 
@@ -110,7 +119,8 @@ def reference(name: str, steps: int = 2) -> tuple[Any, Any, Any, list[float], An
     if name in STEPS:
         step, state, batch = STEPS[name]("float64")
     else:
-        step, state, batch = materialize(name, dtype="float64")
+        depth = SCANNED.get(name)
+        step, state, batch = materialize(name, dtype="float64", depth=depth)
     state = jax.device_get(state)
     jitted, losses, now = jax.jit(step), [], state
     for _ in range(steps):
