@@ -84,7 +84,8 @@ def possible(case: Case) -> bool:
 
 @cache
 def cases() -> tuple[Case, ...]:
-    """A set that holds every pair of settings that any possible case holds.
+    """A set that holds every pair of settings that any possible case holds; of scanned
+    layers, every searched one.
 
     Greedy: the case that covers most pairs not covered yet, the first of equals.
     """
@@ -105,7 +106,8 @@ def cases() -> tuple[Case, ...]:
         best = max(every, key=lambda case: len(pairs_of[case] & left))
         found.append(best)
         left -= pairs_of[best]
-    return tuple(found)
+    scanned = (c for c in every if c.model in SCANNED and c.recipe == "search")
+    return tuple(dict.fromkeys((*found, *scanned)))
 
 
 def _pairs(case: Case) -> Iterator[Any]:

@@ -39,7 +39,12 @@ def normed(x: jax.Array, w: Any, around: Any) -> jax.Array:
     return plain(x - jnp.mean(x, axis=0), w, around)
 
 
-def make(layer: Layer = plain, layers: int = LAYERS, dtype: str = "float64") -> Step:
+def make(
+    layer: Layer = plain,
+    layers: int = LAYERS,
+    dtype: str = "float64",
+    hidden: int = HIDDEN,
+) -> Step:
     """Embedding, scanned layers, tied head; clip and adamw. Step, state, batch."""
 
     def loss_of(params: Any, batch: Any) -> jax.Array:
@@ -63,15 +68,15 @@ def make(layer: Layer = plain, layers: int = LAYERS, dtype: str = "float64") -> 
 
     rng = np.random.default_rng(0)
     shapes = {
-        "embed": (VOCAB, HIDDEN),
+        "embed": (VOCAB, hidden),
         "layers": {
-            "up": (layers, HIDDEN, 2 * HIDDEN),
-            "down": (layers, 2 * HIDDEN, HIDDEN),
+            "up": (layers, hidden, 2 * hidden),
+            "down": (layers, 2 * hidden, hidden),
         },
     }
     if layer is sharing:
-        shapes["layers"]["gate"] = (layers, HIDDEN)
-        shapes["shared"] = (HIDDEN, HIDDEN)
+        shapes["layers"]["gate"] = (layers, hidden)
+        shapes["shared"] = (hidden, hidden)
     params = jax.tree.map(
         lambda shape: jnp.asarray(0.3 * rng.normal(size=shape), dtype),
         shapes,
