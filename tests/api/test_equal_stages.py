@@ -157,3 +157,26 @@ def test_every_stage_holds_its_own_layers() -> None:
     )
     specs = planned.in_shardings[0][0]["params"]["layers"]
     assert {spec.spec[0] for spec in specs.values()} == {"stage"}
+
+
+def test_explained_and_followed() -> None:
+    step, state, batch = make(dtype="float32")
+    piped = rhino.auto_parallel(
+        pipeline_stages=2,
+        schedule="gpipe",
+        microbatches=4,
+        mesh={"data": 4},
+        cache_dir="",
+    )(step)
+    now = piped.place(state, batch)
+    said = piped.planned(state, batch).explain("params/layers/up")
+    assert "stage" in said
+
+    def norms(state: Any) -> Any:
+        return jax.tree.map(lambda x: jax.numpy.sum(x * x), state["params"])
+
+    found = rhino.follow(piped, norms)(now)
+    for one, wanted in zip(
+        jax.tree.leaves(found), jax.tree.leaves(norms(state)), strict=True
+    ):
+        np.testing.assert_allclose(one, wanted, rtol=1e-5)
