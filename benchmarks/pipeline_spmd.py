@@ -37,7 +37,8 @@ SCHEDULES = {"gpipe": 1, "circular": 2}
 
 @dataclass(frozen=True)
 class Case:
-    """One cell. ``workers`` are the stages that run side by side."""
+    """One cell. ``workers`` are the stages that run side by side; ``microbatches`` 0
+    leaves them to the search."""
 
     cluster: str
     workers: int
@@ -46,6 +47,7 @@ class Case:
     remat: bool
     size: str
     depth: int
+    microbatches: int
 
     def __str__(self) -> str:
         return "|".join(map(str, astuple(self)))
@@ -63,6 +65,7 @@ def cell(case: Case) -> dict[str, Any]:
         mesh=MESHES[case.cluster][case.workers],
         pipeline_stages=case.workers * SCHEDULES[case.schedule],
         schedule=case.schedule,
+        microbatches=case.microbatches or None,
         recipe="" if case.recipe == "search" else case.recipe,
         cache_dir="",
     )
@@ -110,6 +113,7 @@ def text(row: dict[str, Any]) -> str:
 @click.option("--remat", default="yes,no", show_default=True)
 @click.option("--size", default="large", show_default=True)
 @click.option("--depth", default=16, show_default=True)
+@click.option("--microbatches", default=0, show_default=True)
 @click.option(
     "--out",
     default="pipeline_spmd.jsonl",
@@ -125,6 +129,7 @@ def main(
     remat: str,
     size: str,
     depth: int,
+    microbatches: int,
     out: Path,
 ) -> None:
     """Compile what is missing and say what is not the plan."""
@@ -136,7 +141,16 @@ def main(
     asked = (s.split(",") for s in (clusters, workers, schedules, recipes, remat))
     good = every = 0
     for cluster, count, schedule, recipe, kept in itertools.product(*asked):
-        case = Case(cluster, int(count), schedule, recipe, kept == "yes", size, depth)
+        case = Case(
+            cluster,
+            int(count),
+            schedule,
+            recipe,
+            kept == "yes",
+            size,
+            depth,
+            microbatches,
+        )
         if str(case) not in done:
             row = {"key": str(case)}
             try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rhino_jax.ir.analysis.loops import accumulators
+from rhino_jax.ir.analysis.loops import accumulators, kept
 from rhino_jax.ir.layout import Dim, Layout, Split
 from rhino_jax.ir.mesh import STAGE, TIME, Axis, Mesh
 from rhino_jax.ir.program import Op
@@ -102,10 +102,9 @@ def lifts(op: Op, staged: Staged | None) -> tuple[tuple[Lift, ...], tuple[Lift, 
     slices = len(op.operands) - consts - carry
     stacks = len(op.results) - carry
     if staged is None:
-        kept = (AS_IT_IS,) * carry
         return (
-            ((AS_IT_IS,) * consts + kept + (STACKED,) * slices),
-            (kept + (STACKED,) * stacks),
+            (AS_IT_IS,) * (consts + carry) + (STACKED,) * slices,
+            (AS_IT_IS,) * carry + (STACKED,) * stacks,
         )
     whole = Lift(timed=True)
     stack = Lift(staged.stack(op.param["length"]), timed=True)
@@ -113,9 +112,10 @@ def lifts(op: Op, staged: Staged | None) -> tuple[tuple[Lift, ...], tuple[Lift, 
         Lift(partial=((STAGE, "or" if dtype == "bool" else "sum"),), timed=True)
         for dtype in (body.values[v].dtype for v in body.outputs[:carry])
     ]
-    added = accumulators(body, consts, carry)
-    entering = [term if i in added else whole for i, term in enumerate(terms)]
+    added, same = accumulators(body, consts, carry), kept(body, consts, carry)
+    entering = (term if i in added else whole for i, term in enumerate(terms))
+    leaving = (whole if i in same else term for i, term in enumerate(terms))
     return (
-        ((whole,) * consts + tuple(entering) + (stack,) * slices),
-        (tuple(terms) + (stack,) * stacks),
+        (*(whole,) * consts, *entering, *(stack,) * slices),
+        (*leaving, *(stack,) * stacks),
     )

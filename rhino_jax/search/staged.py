@@ -17,7 +17,7 @@ from rhino_jax.cost.reshard import local_bytes, route
 from rhino_jax.errors import problems
 from rhino_jax.ir.analysis.batch import BatchDims, batch_dims
 from rhino_jax.ir.analysis.digits import Place
-from rhino_jax.ir.analysis.loops import LoopPair, accumulators
+from rhino_jax.ir.analysis.loops import LoopPair, passed
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.layout import Layout, Split
 from rhino_jax.ir.mesh import STAGE, TIME, Axis, Mesh
@@ -96,10 +96,9 @@ def _problems(scans: Scans, program: Program, index: int) -> Iterator[str]:
         return
     (body,), (inner,) = op.programs, time.inner
     consts, carry = op.param["num_consts"], op.param["num_carry"]
-    added = accumulators(body, consts, carry)
-    for i in range(carry):
+    for i in passed(body, consts, carry):
         value = body.values[body.outputs[i]]
-        if i not in added and inner.outputs[i].find(TIME) is None:
+        if inner.outputs[i].find(TIME) is None:
             yield f"{where}: carry {i} ({value}) holds no examples to pass on"
     for value in (body.values[v] for v in body.outputs):
         if value.dtype.startswith("key<"):
@@ -216,7 +215,7 @@ def _handed(op: Op, plan: OpPlan, mesh: Mesh) -> Iterator[Move]:
     """What one stage gives the next in every tick: the carry of a microbatch."""
     (body,), (inner,) = op.programs, plan.inner
     consts, carry = op.param["num_consts"], op.param["num_carry"]
-    for i in set(range(carry)) - accumulators(body, consts, carry):
+    for i in passed(body, consts, carry):
         v, layout = body.outputs[i], inner.outputs[i]
         value = body.values[v]
         size = local_bytes(value.shape, value.dtype, layout, mesh)

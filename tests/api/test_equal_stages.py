@@ -180,3 +180,52 @@ def test_explained_and_followed() -> None:
         jax.tree.leaves(found), jax.tree.leaves(norms(state)), strict=True
     ):
         np.testing.assert_allclose(one, wanted, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_loss_that_layers_add_to() -> None:
+    """Means over the batch in the carry are terms of every microbatch."""
+
+    def step(params: Any, batch: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            def layer(held: Any, w: Any) -> Any:
+                x, loss = held
+                y = jax.numpy.tanh(x @ w)
+                return (x + y, loss + jax.numpy.mean(y * y)), None
+
+            start = batch @ params["in"], jax.numpy.zeros(())
+            (x, loss), _ = jax.lax.scan(layer, start, params["layers"])
+            return jax.numpy.mean(x * x) + loss
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), {"loss": loss}
+
+    rng = np.random.default_rng(0)
+    params = {"in": rng.normal(size=(8, 8)), "layers": rng.normal(size=(4, 8, 8))}
+    params = jax.tree.map(lambda x: 0.3 * x, params)
+    piped = rhino.auto_parallel(
+        pipeline_stages=2,
+        schedule="gpipe",
+        microbatches=4,
+        mesh=mesh(2, data=2),
+        cache_dir="",
+    )(step)
+    check_equal(step, params, rng.normal(size=(16, 8)), piped)
+    assert piped.planned(params, np.ones((16, 8))).plan.assignment.staged
+
+
+@pytest.mark.usefixtures("x64")
+def test_layers_are_recomputed() -> None:
+    step, state, batch = make(plain)
+    piped = rhino.auto_parallel(
+        pipeline_stages=2,
+        schedule="gpipe",
+        microbatches=4,
+        remat="boundary",
+        mesh=mesh(2, data=2),
+        cache_dir="",
+    )(step)
+    check_equal(step, state, batch, piped)
+    plan = piped.planned(state, batch).plan
+    assert plan.remat
+    assert plan.assignment.staged

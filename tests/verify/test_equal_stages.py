@@ -1,4 +1,4 @@
-"""A pipeline of equal stages on the real compilers: the collectives that were planned."""
+"""A pipeline of equal stages on the real compilers: the planned collectives."""
 
 from __future__ import annotations
 

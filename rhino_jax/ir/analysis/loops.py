@@ -101,3 +101,16 @@ def accumulators(program: Program, consts: int, carry: int) -> frozenset[int]:
         if adds and op.results == (out,) and out not in program.uses:
             found.add(i)
     return frozenset(found)
+
+
+def kept(program: Program, consts: int, carry: int) -> frozenset[int]:
+    """Carries that the body hands on as they are."""
+    entering = program.inputs[consts : consts + carry]
+    pairs = zip(entering, program.outputs[:carry], strict=True)
+    return frozenset(i for i, (before, after) in enumerate(pairs) if before == after)
+
+
+def passed(program: Program, consts: int, carry: int) -> tuple[int, ...]:
+    """Carries that change from turn to turn, other than by a sum."""
+    others = accumulators(program, consts, carry) | kept(program, consts, carry)
+    return tuple(i for i in range(carry) if i not in others)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rhino_jax.ir.analysis.loops import accumulators
+from rhino_jax.ir.analysis.loops import accumulators, kept, passed
 from rhino_jax.ir.assignment import OpPlan
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import STAGE, TIME, Mesh
@@ -141,8 +141,10 @@ class Ring:
         self.op, self.staged, self.body = op, plan.staged, body
         self.mesh = self.staged.over(mesh)
         self.consts, self.carry = op.param["num_consts"], op.param["num_carry"]
-        self.added = sorted(accumulators(self.program, self.consts, self.carry))
-        self.passed = [i for i in range(self.carry) if i not in self.added]
+        carries = self.program, self.consts, self.carry
+        self.passed = passed(*carries)
+        self.added = sorted(accumulators(*carries))
+        self.kept = sorted(kept(*carries))
         self.turns = self.staged.turns(op.param["length"])
         self.inputs = self._parts(self.program.inputs, self.inner.inputs)
         self.outputs = self._parts(self.program.outputs, self.inner.outputs)
@@ -178,6 +180,7 @@ class Ring:
         end, _ = lax.scan(tick, start, ticks)
         first_stage = self._place() == 0
         results = dict(zip(self.added, end.totals, strict=True))
+        results |= {i: carry[i] for i in self.kept}
         for i, array in zip(self.passed, end.pending, strict=True):
             results[i] = jnp.where(first_stage, array, jnp.zeros_like(array))
         made = [*(results[i] for i in range(self.carry)), *end.stacks]
@@ -296,6 +299,10 @@ class Ring:
                 self.inputs[: self.consts], args[: self.consts], strict=True
             )
         ]
+        kept = {
+            i: self.inputs[self.consts + i].read(args[self.consts + i], now.number)
+            for i in self.kept
+        }
         slices = list(zip(self.inputs[first:], args[first:], strict=True))
         reverse, rounds = self.op.param["reverse"], self.staged.rounds
         base = (rounds - 1 - now.round if reverse else now.round) * self.turns
@@ -305,6 +312,7 @@ class Ring:
             layer = base + (self.turns - 1 - turn if reverse else turn)
             carry = dict(zip(self.passed, passed, strict=True))
             carry |= dict(zip(self.added, added, strict=True))
+            carry |= kept
             outs = self.body(
                 here,
                 *consts,
