@@ -24,7 +24,7 @@ from rhino_jax.ir.spans import checked, numbers
 from rhino_jax.ir.steps import Move
 
 FORMAT = "rhino-plan"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
