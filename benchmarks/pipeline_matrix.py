@@ -33,10 +33,13 @@ import rhino_jax as rhino
 from benchmarks.equality import STATE_TOLERANCE, worst_leaf
 from benchmarks.models import materialize
 from benchmarks.models.branches import STEPS
+from rhino_jax.api.staging import IN_ONE_PROGRAM
 from rhino_jax.options import make_options
 from rhino_jax.schedule.generate import LOOPED, SCHEDULES
 
-ZOO = ("gpt_unrolled", "t5", "moe", "resnet")
+ZOO = ("gpt_unrolled", "gpt_scanned", "t5", "moe", "resnet")
+SCANNED = {"gpt_scanned": 4}
+"""Models whose layers are in one scan, and how many: stages of one program."""
 MICROBATCHES = {"resnet": 1, "clip": 1, "moe": 2}
 """Where not 4: models that mix examples, or regroup their tokens."""
 MESHES = {"1": {}, "2": {"data": 2}, "2x2": {"data": 2, "tensor": 2}}
@@ -67,15 +70,22 @@ class Case:
 
 def possible(case: Case) -> bool:
     """Whether a case asks for nothing that contradicts itself."""
+    if case.model in SCANNED and case.schedule not in IN_ONE_PROGRAM:
+        return False
     if case.recipe == "megatron":
         # Products to split across, and an axis for it.
-        return case.mesh == "2x2" and case.model in ("gpt_unrolled", "t5")
+        return case.mesh == "2x2" and case.model in (
+            "gpt_unrolled",
+            "gpt_scanned",
+            "t5",
+        )
     return case.recipe == "search" or case.mesh != "1"
 
 
 @cache
 def cases() -> tuple[Case, ...]:
-    """A set that holds every pair of settings that any possible case holds.
+    """A set that holds every pair of settings that any possible case holds; of scanned
+    layers, every searched one.
 
     Greedy: the case that covers most pairs not covered yet, the first of equals.
     """
@@ -96,7 +106,8 @@ def cases() -> tuple[Case, ...]:
         best = max(every, key=lambda case: len(pairs_of[case] & left))
         found.append(best)
         left -= pairs_of[best]
-    return tuple(found)
+    scanned = (c for c in every if c.model in SCANNED and c.recipe == "search")
+    return tuple(dict.fromkeys((*found, *scanned)))
 
 
 def _pairs(case: Case) -> Iterator[Any]:
@@ -110,7 +121,8 @@ def reference(name: str, steps: int = 2) -> tuple[Any, Any, Any, list[float], An
     if name in STEPS:
         step, state, batch = STEPS[name]("float64")
     else:
-        step, state, batch = materialize(name, dtype="float64")
+        depth = SCANNED.get(name)
+        step, state, batch = materialize(name, dtype="float64", depth=depth)
     state = jax.device_get(state)
     jitted, losses, now = jax.jit(step), [], state
     for _ in range(steps):

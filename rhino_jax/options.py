@@ -38,7 +38,9 @@ class Options:
         pipeline_stages: cut the step in this many pipeline stages, each on its share of
             the devices; ``mesh`` is then that of one share, or has a leading axis
             "stage" (a ``jax.sharding.Mesh`` must). None is no pipeline, "auto" the
-            number (or none) that is predicted to be fastest.
+            number (or none) that is predicted to be fastest. Layers in one scan are
+            divided by "gpipe" and "circular" alone: in equal stages of one program,
+            which several processes run as any other.
         schedule: in what order stages run microbatches: "1f1b", "gpipe", "eager_1f1b",
             "zero_bubble"; "interleaved" and "circular" run several stages on each share
             of the devices: two, or as many as is said ("interleaved:3").

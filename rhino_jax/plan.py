@@ -16,7 +16,7 @@ from typing import Any
 
 from rhino_jax.cost.ring import handed_on
 from rhino_jax.errors import PlanFileError, problems
-from rhino_jax.ir.assignment import Assignment, Loop, OpPlan
+from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, trips_of
 from rhino_jax.ir.data import assignment_data, assignment_of
 from rhino_jax.ir.layout import Layout, parse_layout
 from rhino_jax.ir.mesh import STAGE, Axis, Mesh
@@ -26,7 +26,7 @@ from rhino_jax.ir.steps import Move, Step
 from rhino_jax.rules import rule_of
 
 FORMAT = "rhino-plan"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -352,9 +352,11 @@ def collectives(
         turns = count * (loop.trips if index in inside else 1)
         for move in plan.before:
             yield from _of_move(program, move, op, turns)
-        trips = op.param["length"] if op.kind == "scan" else 1
         for inner, body in zip(op.programs, plan.inner, strict=True):
-            yield from collectives(inner, body, mesh, turns * trips)
+            yield from collectives(inner, body, mesh, turns * trips_of(op, plan))
+            for move in plan.handed:
+                assert plan.staged is not None
+                yield from _of_move(inner, move, op, turns * plan.staged.ticks)
         if not op.programs:
             yield from _of_ring(program, op, plan, mesh, turns)
         for move in plan.after:

@@ -80,6 +80,7 @@ class GPT(nn.Module):
 
     cfg: Config
     prec: Precision
+    remat: bool = True
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -94,7 +95,7 @@ class GPT(nn.Module):
         )
         x = embed(tokens) + positions.astype(self.prec.compute)
         layers = nn.scan(
-            nn.remat(Block, prevent_cse=False),
+            nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
@@ -111,11 +112,15 @@ def build(
     depth: int | None = None,
     dtype: str = "float32",
     optimizer: optax.GradientTransformation | None = None,
+    remat: bool = True,
 ) -> Model:
-    """Build the model; see `benchmarks.models.build`."""
+    """Build the model; see `benchmarks.models.build`.
+
+    `remat=False` saves what the backward pass reads.
+    """
     cfg, prec = pick(SIZES, size), precision(dtype)
     cfg = replace(cfg, layers=cfg.layers if depth is None else depth)
-    model = GPT(cfg, prec)
+    model = GPT(cfg, prec, remat)
     tx = optimizer or optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
     def init(rng: jax.Array) -> State:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,10 +43,16 @@ def following(traced: Traced, plan: Plan, parent: Options, options: Options) -> 
     return replace(
         options,
         pins={**pins, **options.pins},
-        mesh=parent.mesh or plan.mesh,
+        mesh=_mesh_of(plan, parent),
         cluster=options.cluster or parent.cluster,
         recipe=options.recipe,
     )
+
+
+def _mesh_of(plan: Plan, parent: Options) -> Any:
+    """The mesh that the state lies on: of a pipeline, options may name one stage's."""
+    one_stage = plan.assignment.staged and isinstance(parent.mesh, Mapping)
+    return plan.mesh if one_stage else parent.mesh or plan.mesh
 
 
 def spec_of(leaf: Leaf) -> tuple[Any, ...]:

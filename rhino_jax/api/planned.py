@@ -83,7 +83,13 @@ class Planned:
             predicted.byte_seconds if predicted else 0.0,
         )
         chosen = self.plan.assignment.inputs[position]
-        return explanation_text(explain(subject, request, position, chosen), mesh)
+        staged = {
+            i: op.staged
+            for i, op in enumerate(self.plan.assignment.ops)
+            if op.staged is not None
+        }
+        found = explain(subject, request, position, chosen, staged)
+        return explanation_text(found, mesh)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; :func:`rhino_jax.plan` takes it back."""

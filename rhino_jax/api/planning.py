@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,9 +19,18 @@ from rhino_jax.api.staging import (
     predicted_of,
     stage_counts,
     stages_of,
+    ways_to_cut,
     workers_of,
 )
-from rhino_jax.api.where import cluster_of, grid_of, laid, platform_of, where
+from rhino_jax.api.where import (
+    cluster_of,
+    grid_of,
+    in_one_program,
+    laid,
+    platform_of,
+    where,
+    with_stages,
+)
 from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cluster.topology import Cluster, part
 from rhino_jax.errors import (
@@ -37,17 +47,20 @@ from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.spans import EVERY, numbers, spans
+from rhino_jax.ir.staged import Staged
 from rhino_jax.options import AUTO, Options
 from rhino_jax.plan import Plan, Predicted, make_plan
 from rhino_jax.search.auto import Candidate, Wish, plan_search
-from rhino_jax.search.choose import default_meshes, plan_recipe
+from rhino_jax.search.choose import default_meshes, plan_recipe, plan_staged
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched, rows_together
 from rhino_jax.search.notes import plan_notes
-from rhino_jax.search.recipes import recipe_named
+from rhino_jax.search.recipes import Placement, recipe_named
 from rhino_jax.search.remat import NONE, apply_remat
 from rhino_jax.search.specs import Spec
+from rhino_jax.search.staged import Uncut
 from rhino_jax.search.staging import Divided, check_stages
+from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
 from rhino_jax.trace import Traced, trace
 from rhino_jax.trace.arguments import leaves_of
@@ -137,16 +150,16 @@ def _check_lowering(traced: Traced, options: Options) -> None:
 
 
 def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
-    """By a search; where the number of stages is left to it, by one for each."""
-    if options.pipeline_stages != AUTO:
-        return _by_search(traced, options, cluster)
+    """By a search; by several, where stages or their microbatches are left to it."""
+    ways = list(_ways(subject_of(traced), options, cluster))
+    if len(ways) == 1:
+        return _by_search(traced, ways[0][1], cluster)
     found: list[tuple[float, Planned]] = []
     said: list[str] = []
     alone: RhinoError | None = None
-    for stages in (None, *stage_counts(cluster, options)):
-        name = f"{stages} stages" if stages else "no pipeline"
+    for name, way in ways:
         try:
-            one = _by_search(traced, replace(options, pipeline_stages=stages), cluster)
+            one = _by_search(traced, way, cluster)
         except (InfeasibleError, MeshError) as error:
             alone = alone or error
             said.append(f"{name} can not be")
@@ -163,8 +176,31 @@ def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     return replace(best, plan=replace(best.plan, notes=(*best.plan.notes, note)))
 
 
+def _ways(
+    subject: Subject, options: Options, cluster: Cluster
+) -> Iterator[tuple[str, Options]]:
+    """The pipelines that are compared, each by name: of any number of stages where that
+    is left open; scanned layers in one program, with several numbers of microbatches.
+    """
+    auto = options.pipeline_stages == AUTO
+    schedules = dict.fromkeys((options.schedule, *(("gpipe",) if auto else ())))
+    counts = (None, *stage_counts(cluster, options)) if auto else (options.stages,)
+    for stages, schedule in itertools.product(counts, schedules):
+        way = replace(options, pipeline_stages=stages, schedule=schedule)
+        cuts = ways_to_cut(subject, way)
+        if isinstance(cuts, tuple) and cuts:
+            for cut in cuts:
+                many = f"{cut.microbatches} microbatches"
+                yield f"{cut}, {many}", replace(way, microbatches=cut.microbatches)
+        elif schedule == options.schedule:
+            yield f"{stages} stages" if stages else "no pipeline", way
+
+
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     subject = subject_of(traced)
+    cuts, uncut = _cuts(subject, options)
+    cut = cuts[0] if cuts else None
+    options = in_one_program(options, cut) if cut else options
     jax_mesh, mesh, _ = where(options)
     limit = _limit(options, cluster)
     level, pipeline = options.optimization_level, options.stages is not None
@@ -182,7 +218,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         subject,
         Wish(
             share,
-            (mesh,) if mesh is not None else candidate_meshes(share, level),
+            (mesh,) if mesh is not None else _meshes(share, level, cut),
             # Every worker holds its part of what the search thinks one device holds.
             limit * workers,
             level,
@@ -192,6 +228,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
             traced.donated,
             "" if options.memory_limit_bytes else more_memory(cluster),
             pipeline,
+            cut,
         ),
     )
     best: Candidate = found.best
@@ -208,13 +245,49 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         options,
         jax_mesh,
         remat=_policies(best.remat, best.segments),
-        microbatches=best.microbatches,
+        microbatches=cut.microbatches if cut else best.microbatches,
         stages=stages,
         predicted=predicted,
-        notes=(*notes, *found.notes),
+        notes=(*uncut, *notes, *found.notes),
         cluster=share,
     )
     return replace(planned, cluster=share)
+
+
+def _cuts(
+    subject: Subject, options: Options
+) -> tuple[tuple[Staged, ...], tuple[str, ...]]:
+    """How scanned layers may be cut in stages of one program, and why they can not be
+    where that was asked for."""
+    cuts = ways_to_cut(subject, options)
+    if isinstance(cuts, Uncut):
+        return (), tuple(f"stages are programs of their own: {x}" for x in cuts.reasons)
+    return cuts, ()
+
+
+def _recipe_in_stages(
+    subject: Subject,
+    mesh: Mesh,
+    placement: Placement,
+    pins: Mapping[str, Spec],
+    cuts: Sequence[Staged],
+) -> tuple[Staged, Assignment]:
+    """The first of ``cuts`` that the placement leaves rows enough for."""
+    *others, last = cuts
+    for cut in others:
+        try:
+            return cut, plan_staged(subject, mesh, placement, pins, cut)
+        except InfeasibleError:
+            continue  # fewer microbatches may do; the last one's error is told
+    return last, plan_staged(subject, mesh, placement, pins, last)
+
+
+def _meshes(cluster: Cluster, level: int, cut: Staged | None) -> tuple[Mesh, ...]:
+    """Meshes to try; those of one stage's devices, where there are stages."""
+    if cut is None:
+        return candidate_meshes(cluster, level)
+    share = candidate_meshes(part(cluster, cut.stages), level)
+    return tuple(with_stages(mesh, cut) for mesh in share)
 
 
 def _limit(options: Options, cluster: Cluster) -> int:
@@ -246,21 +319,29 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     remat = options.remat or NONE
     traced = rewritten(traced, remat)
     subject = subject_of(traced)
-    placement, assignment = plan_recipe(subject, mesh, recipe, _specs(options.pins))
+    cuts, uncut = _cuts(subject, options)
+    pins = _specs(options.pins)
+    placement, assignment = plan_recipe(subject, mesh, recipe, pins)
     if mesh.num_devices > 1 and not placement.found:
         raise OptionsError(
             f"recipe {recipe!r} needs weights that it could split on mesh ({mesh})"
             f", and {traced.program.name} has none; use another recipe, such as "
             "'zero3', or leave it out to search"
         )
+    cut = None
+    if cuts:
+        mesh = with_stages(mesh, cuts[0])
+        cut, assignment = _recipe_in_stages(subject, mesh, placement, pins, cuts)
+        options = in_one_program(options, cut)
     batches = options.microbatches or 1
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = uncut
     owner: Sequence[int] = ()
     stages, divided = None, Divided(subject)
     if options.stages is not None:
         check_stages(divided, options.stages)
         rows = rows_together(subject, assignment, mesh)
-        batches, notes = microbatches_of(subject, options, rows)
+        batches, said = microbatches_of(subject, options, rows)
+        notes = (*notes, *said)
         owner = divided.segmentation.owner
     if batches > 1:
         timed = microbatched(subject, assignment, mesh, batches, owner)
@@ -281,7 +362,7 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
         jax_mesh,
         recipe=recipe,
         remat=_policies(remat),
-        microbatches=batches,
+        microbatches=cut.microbatches if cut else batches,
         stages=stages,
         notes=notes,
     )
@@ -371,6 +452,8 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
     for segments, policy in plan.remat:
         traced = rewritten(traced, policy, segments)
     plan.fits(traced.program)
+    if plan.assignment.staged and options.stages is not None:
+        options = in_one_program(options, plan.assignment.staged[0])
     jax_mesh, mesh, count = where(options, plan.stages)
     if mesh is not None and mesh.shape != plan.mesh.shape:
         raise MeshError(

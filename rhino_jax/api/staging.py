@@ -12,12 +12,14 @@ from rhino_jax.errors import InfeasibleError, MeshError, OptionsError
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.spans import spans
+from rhino_jax.ir.staged import Staged
 from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.options import Options
 from rhino_jax.plan import Predicted, Stages
 from rhino_jax.report.text import bytes_text
 from rhino_jax.rules import rule_of
 from rhino_jax.search.auto import Candidate
+from rhino_jax.search.staged import Scans, Uncut, layers_of, staged_scans
 from rhino_jax.search.stages import cut_stages
 from rhino_jax.search.staging import Divided, check_stages, problem_of, runs
 from rhino_jax.search.subject import Subject
@@ -53,6 +55,28 @@ def stage_counts(cluster: Cluster, options: Options) -> Iterator[int]:
         except MeshError:
             continue
         yield workers * options.stages_per_worker
+
+
+IN_ONE_PROGRAM = ("gpipe", "circular")
+"""Schedules that run forward and backward passes one after the other."""
+
+
+def ways_to_cut(subject: Subject, options: Options) -> tuple[Staged, ...] | Uncut:
+    """The ways to cut scanned layers in equal stages, to be run as one program.
+
+    None where nothing asks for that: no stages, another schedule, no scan over layers.
+    Without a number of microbatches as many ways as there are: four, two, one a stage.
+    """
+    workers, name = workers_of(options), options.schedule.partition(":")[0]
+    if workers == 1 or name not in IN_ONE_PROGRAM or not layers_of(subject):
+        return ()
+    asked = options.microbatches
+    counts = (asked,) if asked else (4 * workers, 2 * workers, workers)
+    cuts = [Staged(workers, count, options.stages_per_worker) for count in counts]
+    tried = [staged_scans(subject, cut) for cut in cuts]
+    good = tuple(found.cut for found in tried if isinstance(found, Scans))
+    refused = [found for found in tried if isinstance(found, Uncut)]
+    return good or refused[-1]
 
 
 def microbatches_of(

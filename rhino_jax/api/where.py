@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ from rhino_jax.api.cache import folder_of
 from rhino_jax.api.profiles import kept_profile, profiled
 from rhino_jax.api.staging import workers_of
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cluster.topology import Cluster
+from rhino_jax.cluster.topology import Cluster, part
 from rhino_jax.errors import MeshError
-from rhino_jax.ir.mesh import STAGE, Mesh
+from rhino_jax.ir.mesh import STAGE, Axis, Mesh
+from rhino_jax.ir.staged import Staged
 from rhino_jax.lower.devices import abstract_mesh, as_mesh, check_count, device_mesh
 from rhino_jax.options import Options
 from rhino_jax.plan import Stages
@@ -76,6 +78,25 @@ def where(
     return jax_mesh, mesh, count if stages else count // workers
 
 
+def in_one_program(options: Options, cut: Staged) -> Options:
+    """``options`` of a pipeline, for the program that it is: its mesh with the axis of
+    the stages, and a batch that is divided inside the loops.
+
+    Raises:
+        MeshError: the mesh or the devices can not be divided so.
+    """
+    jax_mesh, mesh, _ = where(options)
+    whole: Any = jax_mesh
+    if mesh is not None and jax_mesh is None:
+        whole = with_stages(mesh, cut).shape
+    return replace(options, pipeline_stages=None, microbatches=None, mesh=whole)
+
+
+def with_stages(mesh: Mesh, cut: Staged) -> Mesh:
+    """The mesh of one stage's devices, with a leading axis over the stages."""
+    return Mesh((Axis(STAGE, cut.stages), *mesh.axes))
+
+
 def _of_worker(mesh: Mesh, workers: int, whole: bool) -> Mesh:
     """The mesh of one pipeline worker, of one that may have a leading stage axis.
 
@@ -108,7 +129,7 @@ def laid(jax_mesh: Any, mesh: Mesh, options: Options) -> Any:
 
 
 def grid_of(options: Options, count: int) -> tuple[int, ...]:
-    """How the devices are linked: a TPU's torus, or all in a row."""
+    """How the devices of one share are linked: a TPU's torus, or all in a row."""
     if options.cluster:
-        return parse_cluster(options.cluster).grid
+        return part(parse_cluster(options.cluster), workers_of(options)).grid
     return (count,)

@@ -36,11 +36,12 @@ from rhino_jax.cost.instructions import (
     with_stores,
 )
 from rhino_jax.cost.simplify import simplified
+from rhino_jax.cost.ticks import accumulator_dtype, pipelined, with_totals
 from rhino_jax.cost.tiles import stored_bytes, window_shapes
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
-from rhino_jax.ir.program import WAITS, Op, Program, Value, itemsize
+from rhino_jax.ir.program import WAITS, Op, Program
 from rhino_jax.ir.steps import Move
 
 __all__ = [
@@ -70,7 +71,7 @@ def unfold(
     ``donated`` are positions of inputs whose memory an output of the same shape, dtype
     and layout takes over.
     """
-    work = _Unfolding(assignment.over(mesh), rule_of, habits)
+    work = Unfolding(assignment.over(mesh), rule_of, habits)
     frame = work.enter(program, assignment)
     inputs = tuple(
         frame.put(v, layout)
@@ -111,7 +112,7 @@ def _donations(
 class _Frame:
     """The versions of the values of one Program while it is unfolded."""
 
-    work: _Unfolding
+    work: Unfolding
     program: Program
     versions: dict[int, dict[Layout, int]] = field(default_factory=dict)
 
@@ -131,7 +132,7 @@ class _Frame:
 
 
 @dataclass
-class _Unfolding:
+class Unfolding:
     mesh: Mesh
     rule_of: RuleOf
     habits: Habits
@@ -316,6 +317,9 @@ class _Unfolding:
         writes = tuple(
             frame.put(v, layout) for v, layout in zip(op.results, given, strict=True)
         )
+        if plan.staged:
+            pipelined(self, program, op, plan, reads, writes, place)
+            return
         bodies = tuple(
             self.body(op, number, inner_plan)
             for number, inner_plan in enumerate(plan.inner)
@@ -358,10 +362,19 @@ class _Unfolding:
         for v, layout, buffer in zip(op.results, given, outs, strict=True):
             frame.put(v, layout, buffer)
 
-    def body(self, op: Op, number: int, assignment: Assignment) -> Unfolded:
-        """A body of a loop or branch, in buffers of its own."""
+    def inside(self) -> Unfolding:
+        """Buffers of their own, of a body."""
+        return Unfolding(self.mesh, self.rule_of, self.habits)
+
+    def body(
+        self, op: Op, number: int, assignment: Assignment, added_up: bool = False
+    ) -> Unfolded:
+        """A body of a loop or branch, in buffers of its own.
+
+        ``added_up``: what it stacks may be terms, added to those of other ticks.
+        """
         program = op.programs[number]
-        work = _Unfolding(self.mesh, self.rule_of, self.habits)
+        work = self.inside()
         frame = work.enter(program, assignment)
         inputs = tuple(
             frame.put(v, layout)
@@ -381,6 +394,9 @@ class _Unfolding:
         same, kept = _carries(op, number), len(outputs)
         if op.kind == "scan":
             kept = op.param["num_carry"]
+        if added_up:
+            totals = with_totals(work, program, assignment, outputs[kept:])
+            outputs = (*outputs[:kept], *totals)
         instructions = with_stores(work.instructions, outputs[kept:], program)
         plain = Unfolded(
             tuple(work.buffers),
@@ -393,18 +409,8 @@ class _Unfolding:
         return simplified(plain, self.habits)
 
 
-def accumulator_dtype(value: Value) -> str:
-    """In which dtype terms of ``value`` are added up over microbatches.
-
-    >>> accumulator_dtype(Value((), "bfloat16")), accumulator_dtype(Value((), "int8"))
-    ('float32', 'int8')
-    """
-    floating = value.dtype.startswith(("float", "bfloat"))
-    return "float32" if floating and itemsize(value.dtype) < 4 else value.dtype
-
-
 def _turn(
-    outer: _Unfolding,
+    outer: Unfolding,
     frame: _Frame,
     assignment: Assignment,
     loop: Loop,
@@ -415,7 +421,7 @@ def _turn(
     Its inputs are those versions, then the accumulators; these are its outputs too.
     """
     program = frame.program
-    work = _Unfolding(outer.mesh, outer.rule_of, outer.habits)
+    work = Unfolding(outer.mesh, outer.rule_of, outer.habits)
     inside = work.enter(program, assignment)
     given = [(v, layout) for v, held in frame.versions.items() for layout in held]
     inputs = [inside.put(v, layout) for v, layout in given]

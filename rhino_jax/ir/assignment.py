@@ -17,6 +17,7 @@ from rhino_jax.ir.factors import Choice, Rule, layouts
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Axis, Mesh
 from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.staged import Staged, lifts
 from rhino_jax.ir.steps import Move
 
 FALLBACK = "fallback"
@@ -28,6 +29,8 @@ class OpPlan:
 
     ``inner`` holds one Assignment per nested Program. ``note`` is empty for an op
     with a rule of its own, and says so when the op runs whole for want of one.
+    ``staged``: of a scan whose layers are divided among pipeline stages, how; the
+    moves ``handed`` then bring what its body gives to the next stage, in every tick.
     """
 
     choice: Choice = Choice()
@@ -35,6 +38,17 @@ class OpPlan:
     after: tuple[Move, ...] = ()
     inner: tuple[Assignment, ...] = ()
     note: str = ""
+    staged: Staged | None = None
+    handed: tuple[Move, ...] = ()
+
+
+def trips_of(op: Op, plan: OpPlan) -> int:
+    """How often the bodies of ``op`` run; a ``while`` counts as one trip."""
+    if op.kind != "scan":
+        return 1
+    length: int = op.param["length"]
+    staged = plan.staged
+    return staged.ticks * staged.turns(length) if staged else length
 
 
 @dataclass(frozen=True)
@@ -67,10 +81,18 @@ class Assignment:
     loop: Loop | None = None
 
     def over(self, mesh: Mesh) -> Mesh:
-        """``mesh`` and, where there is a loop, the time axis that layouts here name."""
+        """``mesh`` and, where there is a loop over microbatches or a pipelined one, the
+        time axis that layouts here name."""
+        for staged in self.staged:
+            return staged.over(mesh)
         if self.loop is None or TIME in mesh.names:
             return mesh
         return Mesh((*mesh.axes, Axis(TIME, self.loop.trips)))
+
+    @property
+    def staged(self) -> tuple[Staged, ...]:
+        """How scans are cut in pipeline stages, one for each that is."""
+        return tuple(plan.staged for plan in self.ops if plan.staged)
 
     def moves(self) -> Iterator[Move]:
         """Every move of this Program in order, nested Programs excluded."""
@@ -133,11 +155,11 @@ Boundary = tuple[tuple[Layout, ...], tuple[Layout, ...]]
 
 def _scan(program: Program, op: Op, plan: OpPlan) -> Boundary:
     (body,) = plan.inner
-    whole = op.param["num_consts"] + op.param["num_carry"]
-    carry = op.param["num_carry"]
-    ins = body.inputs[:whole] + tuple(x.prepended() for x in body.inputs[whole:])
-    outs = body.outputs[:carry] + tuple(y.prepended() for y in body.outputs[carry:])
-    return ins, outs
+    entering, leaving = lifts(op, plan.staged)
+    return (
+        tuple(lift(x) for lift, x in zip(entering, body.inputs, strict=True)),
+        tuple(lift(y) for lift, y in zip(leaving, body.outputs, strict=True)),
+    )
 
 
 def _while(program: Program, op: Op, plan: OpPlan) -> Boundary:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any
 
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan
 from rhino_jax.ir.factors import parse_choice
 from rhino_jax.ir.layout import parse_layout
+from rhino_jax.ir.staged import Staged
 from rhino_jax.ir.steps import Move, Step
 
 
@@ -52,6 +54,9 @@ def _op_data(op: OpPlan) -> dict[str, Any]:
         data["inner"] = [assignment_data(a) for a in op.inner]
     if op.note:
         data["note"] = op.note
+    if op.staged:
+        data["staged"] = list(astuple(op.staged))
+        data["handed"] = [_move_data(m) for m in op.handed]
     return data
 
 
@@ -62,6 +67,8 @@ def _op(data: Any) -> OpPlan:
         tuple(_move(m) for m in data.get("after", ())),
         tuple(assignment_of(a) for a in data.get("inner", ())),
         data.get("note", ""),
+        Staged(*data["staged"]) if "staged" in data else None,
+        tuple(_move(m) for m in data.get("handed", ())),
     )
 
 

@@ -8,7 +8,7 @@ and of what is the same in every turn the last is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,10 @@ from rhino_jax.ir.pipeline.flow import leaving as leaves_by
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.steps import Move
 from rhino_jax.lower.manual import Frame, entered, finished, run_ops
-from rhino_jax.lower.reshard import Here, neutral, put_together
+from rhino_jax.lower.reshard import Here, put_together
+from rhino_jax.lower.totals import COMBINE, empty
 
 Arrays = Sequence[jax.Array]
-
-COMBINE: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "sum": jnp.add,
-    "max": jnp.maximum,
-    "min": jnp.minimum,
-    "and": jnp.bitwise_and,
-    "or": jnp.bitwise_or,
-}
 
 
 def run(
@@ -102,8 +95,5 @@ def operator_of(move: Move) -> str:
 def empty_total(program: Program, move: Move, mesh: Mesh) -> jax.Array:
     """The accumulator before the first turn."""
     value = program.values[move.value]
-    dtype = jnp.dtype(value.dtype)
-    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
-        dtype = jnp.dtype(jnp.float32)
     shape = move.source.local_shape(value.shape, mesh)
-    return jnp.broadcast_to(neutral(operator_of(move), dtype), shape)
+    return empty(operator_of(move), shape, value.dtype)

@@ -25,6 +25,7 @@ from rhino_jax.ir.steps import Move
 from rhino_jax.lower.control import CONTROL
 from rhino_jax.lower.local import run_local
 from rhino_jax.lower.local.shard import Shard
+from rhino_jax.lower.pipeline.ticks import Ring
 from rhino_jax.lower.reshard import run_move
 from rhino_jax.rules import rule_of
 
@@ -145,7 +146,11 @@ def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
         frame.get(value, layout)
         for value, layout in zip(op.operands, wanted, strict=True)
     )
-    if rule is None:
+    outs: Arrays
+    if plan.staged:
+        (inner,), (done,) = op.programs, plan.inner
+        outs = Ring(op, plan, frame.mesh, partial(_turn, inner, done)).run(args)
+    elif rule is None:
         bodies = [
             partial(_body, frame.mesh, inner, done)
             for inner, done in zip(op.programs, plan.inner, strict=True)
@@ -170,5 +175,11 @@ def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
 
 def _body(
     mesh: Mesh, program: Program, assignment: Assignment, *args: jax.Array
+) -> list[jax.Array]:
+    return run(program, assignment, mesh, args)
+
+
+def _turn(
+    program: Program, assignment: Assignment, mesh: Mesh, *args: jax.Array
 ) -> list[jax.Array]:
     return run(program, assignment, mesh, args)

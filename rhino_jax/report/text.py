@@ -48,6 +48,7 @@ def plan_text(
         mesh = f"{plan.stages} · each on {mesh if plan.mesh.axes else 'one device'}"
     console.print(f"plan of {plan.program_name} · {where} · {mesh}")
     how = [plan.recipe and f"recipe {plan.recipe}", f"lowering {plan.lowering}"]
+    how += [f"{cut}" for cut in plan.assignment.staged[:1]]
     if plan.microbatches > 1:
         how.append(f"{plan.microbatches} microbatches")
     how += [

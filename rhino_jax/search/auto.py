@@ -22,6 +22,8 @@ from rhino_jax.cost.model import Prediction, predict
 from rhino_jax.errors import InfeasibleError, problems
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import Program
+from rhino_jax.ir.staged import Staged
 from rhino_jax.rules import rule_of
 from rhino_jax.search.carry import carried, read_again
 from rhino_jax.search.descend import Answer, Start, gap, search_axes, starts
@@ -32,6 +34,7 @@ from rhino_jax.search.prices import ClusterPrices, Prices
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
 from rhino_jax.search.selective import Chosen, Segmented, chosen_segments, segment_costs
 from rhino_jax.search.specs import Spec
+from rhino_jax.search.staged import Scans, Uncut, fed, staged_scans
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
 
@@ -57,7 +60,8 @@ class Wish:
 
     ``meshes`` to choose from; ``limit_bytes`` of one device. ``microbatches`` 0 and
     ``remat`` "" leave them to the search. ``more_memory`` says how a device could have
-    more, where it could. ``pipeline``: the plan will be cut in stages.
+    more, where it could. ``pipeline``: the plan will be cut in stages. ``staged``: its
+    scanned layers are, in one program, and divide the batch themselves.
     """
 
     cluster: Cluster
@@ -70,6 +74,7 @@ class Wish:
     donated: tuple[int, ...] = ()
     more_memory: str = ""
     pipeline: bool = False
+    staged: Staged | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,7 @@ class _Search:
         self.refused = False
         self.uneven = False
         """Of microbatches that were refused: it was only their number."""
+        self.cut: tuple[Program, Scans] | None = None
         self.spent = {READING: 0.0, WRITING: 0.0}
 
     def run(self) -> Searched:
@@ -205,6 +211,8 @@ class _Search:
         counts = microbatch_counts(self.subject.batch_size)
         if wish.microbatches:
             counts = (wish.microbatches,)
+        if wish.staged:
+            counts = (1,)
         yield self._with(policies[:1], counts[:1])
         if len(policies) > 1:
             if counts[0] == 1:
@@ -318,8 +326,9 @@ class _Search:
         self, subject: Subject, policy: str, counts: Sequence[int]
     ) -> Iterator[Candidate]:
         with self._timed(READING):
-            reading = read(subject)
-        even = max(counts) > 1
+            scans = self._scans(subject)
+            reading = read(subject, scans.staged if scans else {})
+        even = max(counts) > 1 or scans is not None
         meshes = [self._on(reading, mesh, even=even) for mesh in self.meshes]
         meshes.sort(key=lambda one: one.answer.ticks)
         most = PREDICTED[self.wish.level - 1]
@@ -347,6 +356,16 @@ class _Search:
         was = self.subject
         program = apply_remat(was.program, was.pairs, was.batch_inputs, policy, only)
         return replace(was, program=program)
+
+    def _scans(self, subject: Subject) -> Scans | None:
+        """The scans that are pipelined, where some are to be."""
+        if self.wish.staged is None:
+            return None
+        if self.cut is None or self.cut[0] is not subject.program:
+            found = staged_scans(subject, self.wish.staged)
+            assert isinstance(found, Scans), f"asked for stages, and {found}"
+            self.cut = subject.program, found
+        return self.cut[1]
 
     def _on(
         self,
@@ -413,7 +432,14 @@ class _Search:
         assignment = written(one.reading, one.energy, one.answer).assignment
         mesh = one.energy.mesh
         over = mesh
-        if count > 1:
+        scans = self._scans(subject)
+        if scans:
+            divided = fed(scans, subject.program, assignment, mesh)
+            if isinstance(divided, Uncut):
+                self.notes.update(dict.fromkeys(divided.reasons))
+                return None
+            assignment = divided
+        elif count > 1:
             owner = subject.segmentation.owner if self.wish.pipeline else ()
             timed = microbatched(subject, assignment, mesh, count, owner)
             if isinstance(timed, Refusal):

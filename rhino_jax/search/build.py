@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from rhino_jax.ir.depends import forward
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.program import Op, Program, Value
+from rhino_jax.ir.staged import lifts
 from rhino_jax.rules import HEAVY, rule_of
 from rhino_jax.search.graph import (
     INNER,
@@ -25,6 +26,7 @@ from rhino_jax.search.graph import (
     is_light,
     is_light_kind,
 )
+from rhino_jax.search.rows import NO_LIMITS, Fed, Limits
 
 SAVING = ("forward", "residual")
 LATER = ("backward", "epilogue")
@@ -53,6 +55,11 @@ class _Scope:
     env: Env
     single: set[tuple[int, str]] = field(default_factory=set)
     """Values with one reader in a group, or none that needs a port."""
+    fed: Fed | None = None
+    """Of the body of a pipelined loop, and of what is in it."""
+
+    def limits(self, values: Sequence[int]) -> Limits:
+        return self.fed.limits(values) if self.fed else NO_LIMITS
 
 
 def build_graph(program: Program, facts: Facts) -> Graph:
@@ -111,13 +118,26 @@ class _Builder:
 
     # ---- variables
 
-    def _port(self, key: object, program: Program, value: Value, role: str) -> int:
+    def _port(
+        self,
+        key: object,
+        program: Program,
+        value: Value,
+        role: str,
+        limits: Limits = NO_LIMITS,
+    ) -> int:
         if key not in self.made:
             self.made[key] = len(self.graph.vars)
             self.graph.vars.append(
-                Var(program, None, None, value.shape, value.dtype, role)
+                Var(program, None, None, value.shape, value.dtype, role, limits=limits)
             )
         return self.made[key]
+
+    def _fed(self, scope: _Scope, index: int, body: int = 0) -> Fed | None:
+        """A body of an op, if it is in a pipelined loop."""
+        if scope.path:
+            return scope.fed.inside(index, body) if scope.fed else None
+        return self.facts.fed.get(index)
 
     def _site(self, scope: _Scope, index: int, op: Op) -> int:
         at = self._tied(scope, index)
@@ -132,6 +152,7 @@ class _Builder:
                     rule_of(scope.program, op),
                     fused=fused,
                     heavy=op.kind in HEAVY,
+                    limits=scope.limits((*op.operands, *op.results)),
                 )
             )
         var = self.made[key]
@@ -165,7 +186,10 @@ class _Builder:
             source = Endpoint(self.graph.reads[where])
         elif value.shape and (v, group) not in scope.single:
             source = self._shared(scope, v, group, source)
-        self.graph.link(source, target, value, weight or scope.weight)
+        weight = weight or scope.weight
+        if scope.fed and v not in scope.batch:
+            weight *= scope.fed.staged.microbatches  # moved whole for every one
+        self.graph.link(source, target, value, weight)
 
     def _shared(self, scope: _Scope, v: int, group: str, source: Endpoint) -> Endpoint:
         """The port that several readers of one group share, where they need one.
@@ -185,7 +209,8 @@ class _Builder:
             return source
         tied = v if scope.path else self.facts.ties.values.get(v, v)
         value = scope.program.values[v]
-        var = self._port(("read", scope.key, tied, group), scope.program, value, READ)
+        key = "read", scope.key, tied, group
+        var = self._port(key, scope.program, value, READ, scope.limits((v,)))
         self.graph.reads[scope.path, v, group] = var
         self.graph.link(source, Endpoint(var), value, scope.weight)
         if not scope.path and v in self.facts.gradients:
@@ -280,6 +305,7 @@ class _Builder:
             unwritten(program),
             frozenset(program.outputs),
             dict(zip(program.inputs, env, strict=True)),
+            fed=self._fed(scope, index, body),
         )
         self._walk(inside)
         ends = tuple(
@@ -297,10 +323,13 @@ class _Builder:
         name: str,
         value: Value,
         role: str = INNER,
+        v: int | None = None,
     ) -> int:
         key = "inner", scope.key, self._tied(scope, index), body, name
         program = scope.program.ops[index].programs[body]
-        return self._port(key, program, value, role)
+        fed = self._fed(scope, index, body)
+        limits = fed.limits((v,)) if fed else NO_LIMITS
+        return self._port(key, program, value, role, limits)
 
     def _give(self, inside: _Scope, place: int, port: int) -> None:
         """The body's output at ``place`` lies as ``port`` says."""
@@ -325,16 +354,22 @@ Opened = list[Endpoint | None]
 def _scan(b: _Builder, scope: _Scope, index: int, op: Op, region: str) -> Opened:
     (program,) = op.programs
     consts, carry = op.param["num_consts"], op.param["num_carry"]
-    length = op.param["length"]
+    fed, turns = b._fed(scope, index), op.param["length"]
+    cut = fed.staged if fed and not scope.path else None
+    entering, leaving = lifts(op, cut)
+    weight = scope.weight * turns
+    if cut:
+        turns = cut.turns(turns) * cut.rounds
+        # Every tick runs one microbatch.
+        weight = max(1, round(turns * cut.ticks / cut.work))
     env: list[Endpoint | None] = []
     for i, v in enumerate(op.operands):
         inner = program.values[program.inputs[i]]
         role = SUMMED if consts <= i < consts + carry else INNER
-        port = b._inner_port(scope, index, 0, f"in{i}", inner, role)
-        lift = int(i >= consts + carry)
-        b._read(scope, v, region, Endpoint(port, 0, lift))
+        port = b._inner_port(scope, index, 0, f"in{i}", inner, role, program.inputs[i])
+        b._read(scope, v, region, Endpoint(port, 0, entering[i]))
         env.append(Endpoint(port))
-    inside = b._inner(scope, index, op, 0, env, region, scope.weight * length)
+    inside = b._inner(scope, index, op, 0, env, region, weight)
     results: Opened = []
     ends = {}
     for place, v in enumerate(program.outputs):
@@ -342,14 +377,14 @@ def _scan(b: _Builder, scope: _Scope, index: int, op: Op, region: str) -> Opened
             port_end = env[consts + place]
             assert port_end is not None
             port = port_end.var
-            results.append(Endpoint(port))
+            results.append(Endpoint(port, 0, leaving[place]))
         else:
             port = b._inner_port(
-                scope, index, 0, f"out{place}", program.values[v], SUMMED
+                scope, index, 0, f"out{place}", program.values[v], SUMMED, v
             )
             held = b.graph.vars[port].held
-            held[0] = held.get(0, 0) + length
-            results.append(Endpoint(port, 0, 1))
+            held[0] = held.get(0, 0) + turns
+            results.append(Endpoint(port, 0, leaving[place]))
         b._give(inside, place, port)
         ends[place] = port
     b._ends(scope, index, 0, ends)

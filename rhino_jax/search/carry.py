@@ -32,6 +32,11 @@ def read_again(subject: Subject, before: Reading) -> Reading:
             batch=facts.batch
             | {v for v, origin in again.values.items() if origin in facts.batch},
             ties=_ties(facts.ties, places, again),
+            fed={
+                now: facts.fed[then]
+                for now, then in enumerate(places)
+                if then is not None and then in facts.fed
+            },
         ),
     )
 

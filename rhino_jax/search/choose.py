@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
-from rhino_jax.errors import OptionsError
+from rhino_jax.errors import InfeasibleError, OptionsError
+from rhino_jax.ir.analysis.loops import accumulators
 from rhino_jax.ir.assignment import Assignment
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.layout import contiguous
+from rhino_jax.ir.mesh import STAGE, Mesh
 from rhino_jax.ir.program import Program
-from rhino_jax.search.complete import accumulators
+from rhino_jax.ir.staged import Staged
 from rhino_jax.search.pins import pinned
 from rhino_jax.search.planner import Request, search
 from rhino_jax.search.prices import AlphaBeta
@@ -21,6 +24,7 @@ from rhino_jax.search.recipes import (
     recipe_named,
 )
 from rhino_jax.search.specs import Spec
+from rhino_jax.search.staged import Scans, Uncut, fed, staged_scans
 from rhino_jax.search.subject import Subject
 
 
@@ -70,7 +74,10 @@ def accumulates_stacks(program: Program) -> bool:
 
 
 def filled_in(
-    placement: Placement, subject: Subject, mesh: Mesh, pins: Mapping[str, Spec]
+    placement: Placement,
+    subject: Subject,
+    mesh: Mesh,
+    pins: Mapping[str, Spec],
 ) -> Assignment:
     """The plan that sends least of those in which the inputs lie as placed."""
     request = Request(
@@ -82,6 +89,43 @@ def filled_in(
         even=True,
     )
     return search(subject, request).assignment
+
+
+def plan_staged(
+    subject: Subject,
+    mesh: Mesh,
+    placement: Placement,
+    pins: Mapping[str, Spec],
+    cut: Staged,
+) -> Assignment:
+    """A recipe whose scanned layers are pipelined: ``placement``, of one stage's
+    devices, with stacked state divided among the stages.
+
+    Raises:
+        InfeasibleError: the microbatches do not fit the placement.
+    """
+    scans = staged_scans(subject, cut)
+    assert isinstance(scans, Scans), f"asked for stages, and {scans}"
+    layouts = list(placement.inputs)
+    for i in subject.pairs:
+        shape = subject.shape(i)
+        if shape and subject.stacked.get(subject.kin.get(i, i), False):
+            here = [split.axis for split in layouts[i].dims[0]]
+            dim = contiguous(shape[0], (STAGE, *here), mesh)
+            layouts[i] = replace(layouts[i], dims=(dim, *layouts[i].dims[1:]))
+    used = {
+        i: replace(x, dims=(layouts[i].dims[0], *x.dims[1:]))
+        if STAGE in layouts[i].axes
+        else x
+        for i, x in placement.used.items()
+    }
+    placed = replace(placement, inputs=tuple(layouts), used=used)
+    placed, named = pinned(placed, subject, mesh, pins)
+    whole = completed(placed, subject, mesh, named, scans.staged)
+    found = fed(scans, subject.program, whole, mesh)
+    if isinstance(found, Uncut):
+        raise InfeasibleError(str(found))
+    return found
 
 
 def default_meshes(recipe: str, grid: tuple[int, ...]) -> tuple[Mesh, ...]:

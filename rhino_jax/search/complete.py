@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from rhino_jax.ir.analysis.loops import accumulators
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.factors import Rule
 from rhino_jax.ir.layout import Layout
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.mesh import STAGE, Mesh
 from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.staged import Staged, lifts
 from rhino_jax.ir.steps import Move
 from rhino_jax.rules import note_of, rule_of
 from rhino_jax.search.follow import choose, rows_over
@@ -33,7 +35,8 @@ class Request:
     ``may_stay_partial`` says so. ``added_up``: outputs that someone adds up later, so
     that it is worth to leave a sum partial for longer than its own loop. ``named`` pins
     values by name: per dimension the axes that split it. ``used``: inputs (positions)
-    that are brought to another layout before their first use.
+    that are brought to another layout before their first use. ``staged``: scans (ops)
+    that are pipelined.
     """
 
     mesh: Mesh
@@ -47,6 +50,7 @@ class Request:
     expert_axes: frozenset[str] = frozenset()
     named: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     used: Mapping[int, Layout] = field(default_factory=dict)
+    staged: Mapping[int, Staged] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class _Run:
         ):
             self.state.store(value, layout, request.used.get(i, layout))
         self.reads: dict[int, set[Layout]] = {}
+        self.staged = {program.ops[i].results: x for i, x in request.staged.items()}
 
     def run(self) -> Completed:
         plans = tuple(self._op(op) for op in self.program.ops)
@@ -299,6 +304,7 @@ def _call(run: _Run, op: Op) -> OpPlan:
     request = replace(
         run.request,
         used={},
+        staged={},
         inputs=_entering(run, op.operands),
         outputs=(None,) * len(op.results),
         marks=_marks(run, op.operands),
@@ -320,6 +326,7 @@ def _cond(run: _Run, op: Op) -> OpPlan:
         request = replace(
             run.request,
             used={},
+            staged={},
             inputs=_entering(run, op.operands[1:]),
             outputs=outputs,
             marks=_marks(run, op.operands[1:]),
@@ -340,6 +347,7 @@ def _while(run: _Run, op: Op) -> OpPlan:
     base = replace(
         run.request,
         used={},
+        staged={},
         hints=(),
         may_stay_partial=frozenset(),
         added_up=frozenset(),
@@ -368,10 +376,14 @@ def _scan(run: _Run, op: Op) -> OpPlan:
     (program,) = op.programs
     consts, carry = op.param["num_consts"], op.param["num_carry"]
     marks = list(_marks(run, op.operands))
+    staged = run.staged.get(op.results)
+    lifted, _ = lifts(op, staged)
     entering = list(_entering(run, op.operands))
     for i in range(consts + carry, len(entering)):
         shape = run.program.values[op.operands[i]].shape
         entering[i] = _slice(entering[i], shape, marks[i].batch, run.request.mesh)
+    if staged:
+        entering = [layout.without((STAGE,)) for layout in entering]
     batch = any(m.batch for m in marks)
     sums = accumulators(program, consts, carry)
     late = frozenset(i for i in _added_up(run, op) if i >= carry)
@@ -384,10 +396,13 @@ def _scan(run: _Run, op: Op) -> OpPlan:
         at = consts + i
         marks[at] = replace(marks[at], batch=marks[at].batch or batch)
     hints = [run.state.hints.get(v) for v in op.results]
-    stacked = tuple(h.dropped_first() if h else None for h in hints[carry:])
+    stacked = tuple(
+        h.dropped_first().without((STAGE,)) if h else None for h in hints[carry:]
+    )
     request = replace(
         run.request,
         used={},
+        staged={},
         inputs=tuple(entering),
         outputs=(None,) * len(program.outputs),
         marks=tuple(replace(m, free=i - consts in sums) for i, m in enumerate(marks)),
@@ -420,9 +435,8 @@ def _scan(run: _Run, op: Op) -> OpPlan:
     )
     done = _body(run, program, request)
     for i, layout in done.wishes.items():
-        stacked = i >= consts + carry
-        run.state.wish(op.operands[i], layout.prepended() if stacked else layout)
-    return OpPlan(inner=(done.assignment,))
+        run.state.wish(op.operands[i], lifted[i](layout))
+    return OpPlan(inner=(done.assignment,), staged=staged)
 
 
 def _slice(stack: Layout, shape: tuple[int, ...], batch: bool, mesh: Mesh) -> Layout:
@@ -444,21 +458,6 @@ def _hoisted(program: Program, done: Completed, index: int, now: Layout) -> Layo
         (target,) = wanted
         return target if not target.partial else now
     return now
-
-
-def accumulators(program: Program, consts: int, carry: int) -> frozenset[int]:
-    """Carries that the body only adds something to: they may stay partial."""
-    found = set()
-    for i in range(carry):
-        value, out = program.inputs[consts + i], program.outputs[i]
-        uses = program.uses.get(value, ())
-        if len(uses) != 1 or program.outputs.count(out) != 1:
-            continue
-        op = program.ops[uses[0]]
-        adds = op.kind in ("add", "add_any") and op.operands.count(value) == 1
-        if adds and op.results == (out,) and out not in program.uses:
-            found.add(i)
-    return frozenset(found)
 
 
 CONTROL = {"scan": _scan, "while": _while, "cond": _cond, "remat2": _call}

@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 
 from rhino_jax.ir.factors import Choice, Rule, choice_problems, layouts
 from rhino_jax.ir.layout import Layout, Split, contiguous, local_size, sorted_dim
-from rhino_jax.ir.mesh import TORUS, Mesh
+from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
+from rhino_jax.ir.staged import Lift
 from rhino_jax.search.graph import OUTPUT, READ, STATE, STORED, SUMMED, Graph, Var
 from rhino_jax.search.parts import Name, Part, Parts
+from rhino_jax.search.rows import NO_LIMITS, Limits
 
 Slot = tuple[str, Name, Part] | None
 """("split", factor or dimension, part), ("flow", number, ...), ("sum", ...) or None."""
@@ -63,15 +65,13 @@ class Domain:
     slots: tuple[Slots, ...]
     meanings: tuple[Meaning, ...]
 
-    def gives(self, index: int, lift: int) -> tuple[Layout, ...]:
-        """The layouts of one result, stacked where ``lift`` says so."""
-        found = (meaning.gives[index] for meaning in self.meanings)
-        return tuple(x.prepended() for x in found) if lift else tuple(found)
+    def gives(self, index: int, lift: Lift) -> tuple[Layout, ...]:
+        """The layouts of one result, as ``lift`` says that it is seen."""
+        return tuple(lift(meaning.gives[index]) for meaning in self.meanings)
 
-    def wants(self, index: int, lift: int) -> tuple[Layout, ...]:
+    def wants(self, index: int, lift: Lift) -> tuple[Layout, ...]:
         """The layouts of one operand."""
-        found = (meaning.wants[index] for meaning in self.meanings)
-        return tuple(x.prepended() for x in found) if lift else tuple(found)
+        return tuple(lift(meaning.wants[index]) for meaning in self.meanings)
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Kind:
     wanted: tuple[tuple[str, ...], ...] | None = None
     settled: bool = False
     pads: bool = False
+    limits: Limits = NO_LIMITS
     _known: dict[Slots, Meaning | None] = field(default_factory=dict)
     _domains: dict[Hashable, Domain] = field(default_factory=dict)
 
@@ -113,7 +114,11 @@ class Kind:
 
     def options(self, axis: str) -> tuple[Slot, ...]:
         """The slots of one axis, whatever the others are."""
-        if self.fixed is not None or self.mesh.size(axis) == 1:
+        if (
+            self.fixed is not None
+            or self.mesh.size(axis) == 1
+            or axis in self.limits.barred
+        ):
             return (None,)
         found = list(self._splits(axis))
         if self.wanted is not None:
@@ -161,7 +166,12 @@ class Kind:
     def meaning(self, slots: Slots) -> Meaning | None:
         """What ``slots`` say together; None where they can not be together."""
         if slots not in self._known:
-            self._known[slots] = self._meaning(slots)
+            found = self._meaning(slots)
+            if found is not None:
+                wanted = found.wants if self.rule is not None else ()
+                allowed = self.limits.allow((*wanted, *found.gives), self.mesh)
+                found = found if allowed else None
+            self._known[slots] = found
         return self._known[slots]
 
     def _meaning(self, slots: Slots) -> Meaning | None:
@@ -203,6 +213,8 @@ class Kind:
                 inside.setdefault((slot[1], slot[2]), []).append(axis)
         found: dict[Name, list[Split]] = {}
         for (name, part), axes in inside.items():
+            # Stages innermost: gathered over them, what is left is in blocks.
+            axes.sort(key=lambda axis: axis == STAGE)
             size = self.mesh.group_size(tuple(axes))
             if not self._may_divide(name, part, size):
                 return None
@@ -228,10 +240,12 @@ class Kind:
                 return False
         if self.role not in (STATE, OUTPUT):
             return True
-        if self.lifted and layout.dims[0]:
+        layers = layout.dims[0] if self.lifted else ()
+        if any(split.axis != STAGE for split in layers):
             return False
         links = {axis.name: axis.link for axis in self.mesh.axes}
-        if any(links[axis] == TORUS for axis in layout.axes):
+        held = {split.axis for split in layers}  # stacked where it lies
+        if any(links[axis] == TORUS for axis in layout.axes if axis not in held):
             sides = zip(self.shape, layout.dims, strict=True)
             shard = 1
             for n, dim in sides:
@@ -269,6 +283,7 @@ def kinds_of(
                 var.wanted,
                 var.settled,
                 pads,
+                var.limits,
             )
         found.append(made[key])
     return found
@@ -301,5 +316,5 @@ def _may_pad(rule: Rule | None, shape: Sequence[int], name: Name, part: Part) ->
 def _key(var: Var, parts: Parts) -> Hashable:
     made_of: Sequence[Hashable] = tuple(parts.items())
     rule = id(var.rule) if var.rule is not None else None
-    pinned = var.fixed, var.wanted, var.settled
+    pinned = var.fixed, var.wanted, var.settled, var.limits
     return rule, var.shape, var.role, var.lifted, pinned, made_of

@@ -101,7 +101,7 @@ class Energy:
         """Ticks of an op, as often as it runs."""
         cost = self._op(var, meaning) * var.weight if var.is_site else 0
         if var.heavy and not self.copies:
-            cost += COPY * _idle_axes(slots, self.mesh)
+            cost += COPY * _idle_axes(slots, self.mesh, var.limits.barred)
         return min(cost, FORBIDDEN)
 
     def held_bytes(self, var: Var, meaning: Meaning) -> int:
@@ -188,9 +188,11 @@ def _undivided(layout: Layout) -> Layout:
     return Layout.replicated(len(layout.dims))
 
 
-def _idle_axes(slots: Slots, mesh: Mesh) -> int:
+def _idle_axes(slots: Slots, mesh: Mesh, barred: Sequence[str]) -> int:
     """Axes of several devices on which an op does the same work everywhere."""
     return sum(
-        axis.size > 1 and not (slot is not None and slot[0] == SPLIT)
+        axis.size > 1
+        and axis.name not in barred
+        and not (slot is not None and slot[0] == SPLIT)
         for axis, slot in zip(mesh.axes, slots, strict=True)
     )

@@ -7,10 +7,13 @@ another layout.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.staged import Staged
 from rhino_jax.search.descend import Start, descend, starts
 from rhino_jax.search.domains import Meaning, Slots
 from rhino_jax.search.energy import Energy
@@ -49,15 +52,20 @@ class Explanation:
 
 
 def explain(
-    subject: Subject, request: Request, position: int, chosen: Layout
+    subject: Subject,
+    request: Request,
+    position: int,
+    chosen: Layout,
+    staged: Mapping[int, Staged] = MappingProxyType({}),
 ) -> Explanation:
     """What else the input at ``position`` could have been.
 
     Args:
         request: mesh, prices, price of memory and pins of the plan.
         chosen: its layout in the plan.
+        staged: scans (ops) that are pipelined in the plan.
     """
-    reading = read(subject)
+    reading = read(subject, staged)
     energy = energy_of(reading, request)
     var = energy.graph.inputs[position]
     found = []

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from rhino_jax.ir.factors import PARALLEL, Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.program import Op, Program, Value
+from rhino_jax.ir.staged import AS_IT_IS, Lift
+from rhino_jax.search.rows import NO_LIMITS, Fed, Limits
 
 INPUT, STATE, OUTPUT = "input", "state", "output"
 INNER, SUMMED, READ = "inner", "summed", "read"
@@ -36,13 +38,12 @@ class Endpoint:
     """One value as a variable gives it (or wants it).
 
     ``index`` counts the results of a site from 0, its operands down from -1; a port has
-    index 0. ``lift`` is 1 for a stack of what the variable speaks of: a scanned input
-    or output.
+    index 0. ``lift`` says how what the variable speaks of is seen outside its loop.
     """
 
     var: int
     index: int = 0
-    lift: int = 0
+    lift: Lift = AS_IT_IS
 
 
 @dataclass
@@ -70,6 +71,8 @@ class Var:
     lifted: bool = False
     settled: bool = False
     """Gives no partial value: several read it, or it is a number of no batch."""
+    limits: Limits = NO_LIMITS
+    """Of what is inside a pipelined loop."""
 
     @property
     def is_site(self) -> bool:
@@ -137,7 +140,8 @@ class Facts:
     ``roles``: of each input. ``successor``: input position of an output that is the
     next value of that input. ``region``: of each op of the outermost Program, and
     ``batch`` its values that depend on the batch; ``gradients`` are values that wait
-    for the update together.
+    for the update together. ``fed``: scans (ops) that are pipelined, and
+    what is known of their bodies.
     """
 
     roles: Sequence[str]
@@ -146,6 +150,7 @@ class Facts:
     batch: frozenset[int]
     gradients: frozenset[int] = frozenset()
     ties: Ties = Ties()
+    fed: Mapping[int, Fed] = field(default_factory=dict)
 
 
 def group_of(batch: bool, region: str) -> str:

@@ -83,11 +83,11 @@ def timed(
     wide = Mesh((*mesh.axes, Axis(TIME, found.microbatches)))
     try:
         return _Writer(subject.program, assignment, found, wide, owner).run(), wide
-    except _Clash as clash:
+    except Clash as clash:
         return Refusal((str(clash),))
 
 
-class _Clash(Exception):
+class Clash(Exception):
     """Devices and microbatches want the same digit of a dimension."""
 
 
@@ -100,7 +100,7 @@ def _both(one: Layout, other: Layout) -> Layout:
 
 
 @dataclass
-class _Bodies:
+class Bodies:
     """Plans of ops and bodies over devices and over time made one."""
 
     mesh: Mesh
@@ -109,7 +109,7 @@ class _Bodies:
         layout = _both(a, b)
         wrong = layout.problems(program.values[value].shape, self.mesh)
         if wrong:
-            raise _Clash(f"microbatches do not fit in: {'; '.join(wrong)}")
+            raise Clash(f"microbatches do not fit in: {'; '.join(wrong)}")
         return layout
 
     def move(
@@ -131,7 +131,7 @@ class _Bodies:
         both = Choice.of(splits, {**dict(a.flows), **dict(b.flows)})
         wrong = choice_problems(rule_of(program, op), both, self.mesh)
         if wrong:
-            raise _Clash(f"{op.kind} at {op.where}: {'; '.join(wrong)}")
+            raise Clash(f"{op.kind} at {op.where}: {'; '.join(wrong)}")
         return both
 
     def op(
@@ -210,7 +210,7 @@ _DELAYING = {"scan": lambda op: op.param["num_carry"], "remat2": lambda op: 0}
 class _Frame:
     """The versions of values at hand, and how each is seen over time."""
 
-    work: _Bodies
+    work: Bodies
     program: Program
     turns: dict[int, Layout] = field(default_factory=dict)
     held: dict[int, dict[Layout, None]] = field(default_factory=dict)
@@ -285,7 +285,7 @@ class _Writer:
         owner: Sequence[int] = (),
     ) -> None:
         self.program, self.plan, self.owner = program, plan, owner
-        self.work = _Bodies(mesh)
+        self.work = Bodies(mesh)
         self.time = list(found.assignment.ops)
         self.trips = found.microbatches
         merged = {i: self._merged(i) for i in found.loop}

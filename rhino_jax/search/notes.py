@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import op_work
-from rhino_jax.ir.assignment import Assignment, OpPlan
+from rhino_jax.ir.assignment import Assignment, OpPlan, trips_of
 from rhino_jax.ir.layout import padded_size
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
@@ -61,9 +61,8 @@ def _runs(program: Program, assignment: Assignment, turns: int = 1) -> Iterator[
     for index, (op, plan) in enumerate(zip(program.ops, assignment.ops, strict=True)):
         times = turns * (loop.trips if loop and index in inside else 1)
         yield program, op, plan, times
-        trips = op.param["length"] if op.kind == "scan" else 1
         for inner, body in zip(op.programs, plan.inner, strict=True):
-            yield from _runs(inner, body, times * trips)
+            yield from _runs(inner, body, times * trips_of(op, plan))
 
 
 def _fallbacks(

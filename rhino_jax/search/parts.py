@@ -101,7 +101,7 @@ def _tell(
 
 def pieces(var: Var, end: Endpoint) -> Iterator[Sequence[Piece]]:
     """For each dimension of the value at ``end`` what it is made of."""
-    for _ in range(end.lift):
+    if end.lift.stack is not None:
         yield []
     if var.rule is None:
         yield from ([(d, 1, n)] for d, n in enumerate(var.shape))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
+from rhino_jax.ir.analysis.batch import batch_dims
 from rhino_jax.ir.analysis.classes import SegmentClass, segment_classes
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
+from rhino_jax.ir.staged import Staged
+from rhino_jax.rules import rule_of
 from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.search.build import build_graph
 from rhino_jax.search.descend import Answer, search_axes, starts
@@ -21,6 +25,7 @@ from rhino_jax.search.parts import Parts, all_parts
 from rhino_jax.search.pins import Pinned, checked_pins
 from rhino_jax.search.prices import Prices
 from rhino_jax.search.remat_scans import REMATERIALIZE
+from rhino_jax.search.rows import Fed
 from rhino_jax.search.specs import Spec, pin_of
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.write import write
@@ -76,14 +81,21 @@ class Reading:
     parts: Sequence[Parts] = field(repr=False)
 
 
-def read(subject: Subject) -> Reading:
-    """Regions, segments and classes of a subject's Program."""
+def read(
+    subject: Subject, staged: Mapping[int, Staged] = MappingProxyType({})
+) -> Reading:
+    """Regions, segments and classes of a subject's Program.
+
+    ``staged``: scans (ops) to be pipelined.
+    """
     program, pairs = subject.program, subject.pairs
     found = subject.regions
     classes: Sequence[SegmentClass] = ()
     if len(program.ops) > MOST_UNTIED_OPS:
         classes = segment_classes(program, found, subject.segmentation, pairs)
     ties = ties_of(program, classes, repeats(program).ops)
+    dims = batch_dims(program, subject.batch_inputs, rule_of) if staged else None
+    fed = {i: Fed(cut, dims.inner[i][0]) for i, cut in staged.items() if dims}
     roles = [STATE if i in pairs else INPUT for i in range(len(program.inputs))]
     facts = Facts(
         roles,
@@ -92,6 +104,7 @@ def read(subject: Subject) -> Reading:
         found.batch,
         frozenset(found.gradients.values()),
         ties,
+        fed,
     )
     return reading_of(subject, facts)
 
@@ -213,9 +226,14 @@ def _made(var: Var) -> tuple[int, ...]:
     return var.program.values[var.op.results[0]].shape
 
 
-def search(subject: Subject, request: Request) -> Found:
-    """The best Assignment found for ``subject`` on one mesh."""
-    reading = read(subject)
+def search(
+    subject: Subject,
+    request: Request,
+    staged: Mapping[int, Staged] = MappingProxyType({}),
+) -> Found:
+    """The best Assignment found for ``subject`` on one mesh, ``staged`` scans
+    pipelined."""
+    reading = read(subject, staged)
     energy = energy_of(reading, request)
     ticks = request.memory_weight * request.prices.ticks_per_second
     answer = search_axes(energy, starts(energy), request.orders, ticks)

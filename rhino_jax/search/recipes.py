@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from rhino_jax.errors import OptionsError, nearest, problems
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Layout, contiguous, sorted_dim
 from rhino_jax.ir.mesh import TORUS, Mesh
+from rhino_jax.ir.staged import Staged
 from rhino_jax.search.complete import Request, complete
 from rhino_jax.search.state import Marks
 from rhino_jax.search.subject import Subject
@@ -142,6 +144,7 @@ def completed(
     subject: Subject,
     mesh: Mesh,
     named: Mapping[str, tuple[tuple[str, ...], ...]] | None = None,
+    staged: Mapping[int, Staged] = MappingProxyType({}),
 ) -> Assignment:
     """The complete plan that a placement leads to.
 
@@ -149,6 +152,7 @@ def completed(
     store them so, else whole.
     """
     request = _request(subject, mesh, placement, named or {})
+    request = replace(request, staged=staged)
     done = complete(subject.program, request).assignment
     outputs = tuple(
         goal if goal is not None or _stored(found, subject, o, mesh) else found.only("")

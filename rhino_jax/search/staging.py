@@ -80,7 +80,8 @@ def check_stages(divided: Divided, num_stages: int) -> None:
     name = divided.subject.program.name
     scans = sum(op.kind == "scan" for op in divided.subject.program.ops)
     more = (
-        "; the layers in a scan are one segment: unroll the loop over layers to cut it"
+        "; the layers in a scan are one segment: schedule='gpipe' or 'circular' cuts "
+        "it in equal stages, or unroll the loop over layers"
         if scans
         else ""
     )

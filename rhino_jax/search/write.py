@@ -87,7 +87,9 @@ class _Writer:
                 self._body(frame, index, number, region)
                 for number in range(len(op.programs))
             )
-            plan, rule = OpPlan(inner=inner), None
+            fed = None if frame.path else self.facts.fed.get(index)
+            staged = fed.staged if fed else None
+            plan, rule = OpPlan(inner=inner, staged=staged), None
         else:
             choice = self.answer[self.graph.sites[frame.path, index]].choice
             assert choice is not None

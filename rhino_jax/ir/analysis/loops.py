@@ -86,3 +86,31 @@ def _saved(
         if operands:
             num_bytes = program.values[value].num_bytes
             yield Saved(value, result, operands, num_bytes, value in batch)
+
+
+def accumulators(program: Program, consts: int, carry: int) -> frozenset[int]:
+    """Carries that the body only adds something to: they may stay partial."""
+    found = set()
+    for i in range(carry):
+        value, out = program.inputs[consts + i], program.outputs[i]
+        uses = program.uses.get(value, ())
+        if len(uses) != 1 or program.outputs.count(out) != 1:
+            continue
+        op = program.ops[uses[0]]
+        adds = op.kind in ("add", "add_any") and op.operands.count(value) == 1
+        if adds and op.results == (out,) and out not in program.uses:
+            found.add(i)
+    return frozenset(found)
+
+
+def kept(program: Program, consts: int, carry: int) -> frozenset[int]:
+    """Carries that the body hands on as they are."""
+    entering = program.inputs[consts : consts + carry]
+    pairs = zip(entering, program.outputs[:carry], strict=True)
+    return frozenset(i for i, (before, after) in enumerate(pairs) if before == after)
+
+
+def passed(program: Program, consts: int, carry: int) -> tuple[int, ...]:
+    """Carries that change from turn to turn, other than by a sum."""
+    others = accumulators(program, consts, carry) | kept(program, consts, carry)
+    return tuple(i for i in range(carry) if i not in others)

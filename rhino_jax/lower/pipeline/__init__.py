@@ -1,1 +1,2 @@
-"""Chunks of an assignment as jitted programs, each on the devices of its stage."""
+"""Pipelines: stages as jitted programs of their own, each on its devices (``program``),
+and the layers of a scan as equal stages inside one program (``ticks``)."""

@@ -36,10 +36,11 @@ from rhino_jax.ir.pipeline.flow import (
 )
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.steps import Move
-from rhino_jax.lower.accumulate import COMBINE, empty_total, gathered, operator_of
+from rhino_jax.lower.accumulate import empty_total, gathered, operator_of
 from rhino_jax.lower.manual import Frame, run_ops
 from rhino_jax.lower.program import on_devices, partition_spec
 from rhino_jax.lower.reshard import Here
+from rhino_jax.lower.totals import COMBINE
 
 
 @dataclass(frozen=True)
