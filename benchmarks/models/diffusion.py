@@ -152,14 +152,16 @@ def build(
     abstract = nnx.eval_shape(create, jax.random.key(0))
     model_def, opt_def = (nnx.graphdef(part) for part in abstract)
 
+    def params_of(model: DiT) -> Any:
+        return nnx.state(model, nnx.Param)
+
     def state_of(model: DiT, opt: nnx.Optimizer[DiT], average: Any) -> State:
         parts = {"params": nnx.state(model), "optimizer": nnx.state(opt)}
         return {**parts, "average": average}
 
     def init(rng: jax.Array) -> State:
         model, opt = create(rng)
-        average = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
-        return state_of(model, opt, average)
+        return state_of(model, opt, jax.tree.map(jnp.copy, params_of(model)))
 
     def loss_fn(model: DiT, key: jax.Array, batch: Batch) -> jax.Array:
         latents = batch["latents"]
@@ -180,7 +182,7 @@ def build(
         loss, grads = nnx.value_and_grad(loss_fn)(model, key, batch)
         opt.update(model, grads)
         average = optax.incremental_update(
-            nnx.state(model, nnx.Param), state["average"], 1 - cfg.decay
+            params_of(model), state["average"], 1 - cfg.decay
         )
         return state_of(model, opt, average), {"loss": loss}
 
@@ -196,5 +198,6 @@ def build(
         "latents": jax.ShapeDtypeStruct(latents, prec.param),
         "labels": ints(cfg.batch),
     }
-    states = state_of(*abstract, nnx.state(abstract[0], nnx.Param))
+    # Variables of their own: an average is not tied to what it averages.
+    states = state_of(*abstract, jax.tree.map(lambda s: s, params_of(abstract[0])))
     return make_model("diffusion", train_step, init, shapes, make_batch, states)

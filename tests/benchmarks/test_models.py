@@ -48,7 +48,6 @@ LARGE_PARAMS_MILLIONS = {
     "recurrence": (1250, 1450),
     "lstm": (1700, 1900),
     "graph": (2, 3),
-    "diffusion": (670, 680),
     "lora": (6700, 6800),
     "decode": (68000, 70000),
     "pinn": (1, 3),
@@ -57,8 +56,8 @@ LARGE_PARAMS_MILLIONS = {
 FROZEN, TRAINED = ("lora", "decode"), ("adapters", "opt_state")
 
 per_model = pytest.mark.parametrize("name", NAMES)
-# What is compiled is the first seven's: the others' steps are run by test_equality.
-per_compiled_model = pytest.mark.parametrize("name", FIRST)
+# The others' steps are run by test_equality and benchmarks.equality.
+per_first_model = pytest.mark.parametrize("name", FIRST)
 
 
 def signature(tree: Any) -> tuple[Any, list[tuple[tuple[int, ...], str]]]:
@@ -91,7 +90,7 @@ def float_dtypes(jaxpr: Any) -> set[str]:
     }
 
 
-@per_compiled_model
+@per_first_model
 def test_loss_falls_and_shapes_are_those_promised(name: str) -> None:
     model = ZOO[name]("tiny")
     step, state, batch = materialize(name, "tiny", seed=1)
@@ -119,7 +118,7 @@ def test_loss_falls_and_shapes_are_those_promised(name: str) -> None:
     assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
-@per_model
+@per_first_model
 def test_step_returns_the_state_it_was_given_in_shape(name: str) -> None:
     model = build(name)
     state, metrics = jax.eval_shape(
@@ -138,13 +137,18 @@ def test_batches_are_a_function_of_the_seed(name: str) -> None:
     assert any(not np.array_equal(one[key], other[key]) for key in one)
 
 
-@per_model
-def test_large_traces_without_allocating(name: str) -> None:
-    whole = build(name, "large")
-    params = parameters(whole.state_shapes)
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "diffusion"])
+def test_large_is_as_large_as_published(name: str) -> None:
+    before = len(jax.live_arrays())
+    params = parameters(build(name, "large").state_shapes)
     low, high = LARGE_PARAMS_MILLIONS[name]
     assert low <= params / 1e6 <= high
+    assert len(jax.live_arrays()) - before < 20
 
+
+@per_first_model
+def test_large_traces_without_allocating(name: str) -> None:
+    params = parameters(build(name, "large").state_shapes)
     before = len(jax.live_arrays())
     model = build(name, "large", depth=2)
     assert parameters(model.state_shapes) < params
@@ -178,7 +182,7 @@ def test_float64_leaves_no_other_float_anywhere(name: str) -> None:
         assert signature(state) == signature(model.state_shapes)
 
 
-@per_model
+@pytest.mark.parametrize("name", [*FIRST, "vgg", "graph", "lora", "decode", "pinn"])
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_params(name: str) -> None:
     model = build(name, dtype="bfloat16")
     state = model.state_shapes
@@ -197,7 +201,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_params(name: str) -> No
     assert results.count("bfloat16") > 0.75 * len(results)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "decode"])
+@per_first_model
 def test_another_optimizer_takes_the_place_of_the_models_own(name: str) -> None:
     own = build(name)
     sgd = build(name, optimizer=optax.sgd(1.0))
@@ -241,7 +245,7 @@ def test_relative_buckets_order_and_causality() -> None:
 
 def test_a_recurrence_by_scan_is_one_by_steps() -> None:
     cfg = recurrence.SIZES["tiny"]
-    layer = recurrence.Recurrence(cfg, jnp.float32, jax.random.key(0))
+    layer = jax.jit(recurrence.Recurrence(cfg, jnp.float32, jax.random.key(0)))
     x = jax.random.normal(jax.random.key(1), (7, cfg.recurrent))
     whole = layer(x)
     # The first rows do not know of the last; each row goes on from the one before.
@@ -271,12 +275,14 @@ def test_decoding_with_a_cache_is_the_whole_forward_pass() -> None:
     params = llama.init_params(jax.random.key(0), cfg, jnp.float32)
     adapters = lora.init_adapters(jax.random.key(1), cfg, jnp.float32)
     tokens = jax.random.randint(jax.random.key(2), (cfg.batch, cfg.seq), 0, cfg.vocab)
-    expected = lora.forward(params, adapters, tokens)  # their second factors are zero
+    # The adapters' second factors are zero.
+    expected = jax.jit(lora.forward)(params, adapters, tokens)
     shape = (cfg.layers, cfg.batch, cfg.seq, cfg.kv_heads, cfg.head)
     cache = {"k": jnp.zeros(shape), "v": jnp.zeros(shape)}
+    one = jax.jit(decode.forward)
     for place in range(cfg.seq):
         rows = jnp.full(cfg.batch, place)
-        logits, cache = decode.forward(params, cache, tokens[:, place], rows)
+        logits, cache = one(params, cache, tokens[:, place], rows)
         np.testing.assert_allclose(logits, expected[:, place], rtol=2e-4, atol=2e-5)
 
 
