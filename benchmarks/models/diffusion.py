@@ -198,6 +198,5 @@ def build(
         "latents": jax.ShapeDtypeStruct(latents, prec.param),
         "labels": ints(cfg.batch),
     }
-    # Variables of their own: an average is not tied to what it averages.
-    states = state_of(*abstract, jax.tree.map(lambda s: s, params_of(abstract[0])))
+    states = state_of(*abstract, params_of(abstract[0]))
     return make_model("diffusion", train_step, init, shapes, make_batch, states)
