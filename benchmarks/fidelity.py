@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rhino_jax as rhino
-from benchmarks.models import NAMES, build
+from benchmarks.models import FIRST, build
 from rhino_jax.errors import OptionsError
 from rhino_jax.search.recipes import RECIPES
 from rhino_jax.verify.audit import Audit, audit
@@ -85,7 +85,7 @@ def faithful(row: dict[str, Any]) -> bool:
 
 
 @click.command()
-@click.option("--models", default=",".join(NAMES), show_default=True)
+@click.option("--models", default=",".join(FIRST), show_default=True)
 @click.option("--recipes", default=",".join(RECIPES), show_default=True)
 @click.option("--clusters", default=",".join(MESHES), show_default=True)
 @click.option("--lowerings", default="manual,auto", show_default=True)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rhino_jax as rhino
-from benchmarks.models import NAMES, build
+from benchmarks.models import FIRST, build
 from rhino_jax.api.planned import subject_of
 from rhino_jax.api.planning import MARGIN, traced_bare
 from rhino_jax.cluster.parse import parse_cluster
@@ -133,7 +133,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 
 
 @click.command()
-@click.option("--models", default=",".join(NAMES), show_default=True)
+@click.option("--models", default=",".join(FIRST), show_default=True)
 @click.option("--clusters", default=",".join(CLUSTERS), show_default=True)
 @click.option("--size", default="medium", show_default=True)
 @click.option("--depth", default=2, show_default=True)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rhino_jax as rhino
-from benchmarks.models import NAMES, build
+from benchmarks.models import FIRST, build
 from rhino_jax.api.profiles import profiled
 from rhino_jax.cluster import profile as profile_module
 from rhino_jax.cluster.hardware import CATALOGUE, column
@@ -232,7 +232,7 @@ def show(rows: dict[str, Any]) -> bool:
 
 @click.command()
 @click.option("--devices", default=",".join(SHIPPED), show_default=True)
-@click.option("--models", default=",".join(NAMES), show_default=True)
+@click.option("--models", default=",".join(FIRST), show_default=True)
 @click.option("--size", default="medium", show_default=True)
 @click.option("--depth", default=2, show_default=True)
 @click.option("--calibrate", default="", help="Fit traffic to this model first.")

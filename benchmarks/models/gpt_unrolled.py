@@ -4,7 +4,6 @@ The step is functional: `nnx.split` once outside, `nnx.merge` inside, state retu
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,10 @@ from benchmarks.models.zoo import (
     Model,
     Precision,
     State,
-    TrainStep,
     ints,
     make_model,
     pick,
     precision,
-    run_init,
     zipf_tokens,
 )
 
@@ -170,10 +167,3 @@ def _abstract(
     return model, nnx.eval_shape(
         lambda held: nnx.Optimizer(held, tx, wrt=nnx.Param), model
     )
-
-
-def materialize(
-    size: str = "tiny", seed: int = 0, **options: Any
-) -> tuple[TrainStep, State, Batch]:
-    """`(train_step, state, batch)` as arrays."""
-    return run_init(build(size, **options), seed)

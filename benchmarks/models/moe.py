@@ -19,12 +19,10 @@ from benchmarks.models.zoo import (
     Model,
     Precision,
     State,
-    TrainStep,
     ints,
     make_model,
     pick,
     precision,
-    run_init,
     zipf_tokens,
 )
 
@@ -233,10 +231,3 @@ def build(
     tokens = ints(cfg.batch, cfg.seq)
     shapes = {"inputs": tokens, "targets": tokens}
     return make_model("moe", train_step, init, shapes, make_batch)
-
-
-def materialize(
-    size: str = "tiny", seed: int = 0, **options: Any
-) -> tuple[TrainStep, State, Batch]:
-    """`(train_step, state, batch)` as arrays."""
-    return run_init(build(size, **options), seed)

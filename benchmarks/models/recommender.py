@@ -19,12 +19,10 @@ from benchmarks.models.zoo import (
     Model,
     Precision,
     State,
-    TrainStep,
     ints,
     make_model,
     pick,
     precision,
-    run_init,
     zipf_tokens,
 )
 
@@ -154,10 +152,3 @@ def build(
         "clicks": jax.ShapeDtypeStruct((cfg.batch,), prec.param),
     }
     return make_model("recommender", train_step, init, shapes, make_batch)
-
-
-def materialize(
-    size: str = "tiny", seed: int = 0, **options: Any
-) -> tuple[TrainStep, State, Batch]:
-    """`(train_step, state, batch)` as arrays."""
-    return run_init(build(size, **options), seed)

@@ -16,13 +16,11 @@ from benchmarks.models.zoo import (
     Model,
     Precision,
     State,
-    TrainStep,
     ints,
     labelled_images,
     make_model,
     pick,
     precision,
-    run_init,
 )
 
 
@@ -127,10 +125,3 @@ def build(
         "labels": ints(cfg.batch),
     }
     return make_model("vit", train_step, init, shapes, make_batch)
-
-
-def materialize(
-    size: str = "tiny", seed: int = 0, **options: Any
-) -> tuple[TrainStep, State, Batch]:
-    """`(train_step, state, batch)` as arrays."""
-    return run_init(build(size, **options), seed)

@@ -27,16 +27,24 @@ Variables = dict[str, Any]
 """Tree path -> nnx.Variable."""
 
 
-def variables(fun: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Variables:
-    """Every nnx variable among the arguments, by its path."""
+def variables(
+    fun: Any, args: Sequence[Any], kwargs: Mapping[str, Any], states: bool = True
+) -> Variables:
+    """Every nnx variable among the arguments, by its path.
+
+    Without ``states`` those of modules alone. A state holds each of its variables once;
+    where two states share one (parameters, and an average that begins as they are),
+    they are meant to come apart.
+    """
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
         return {}
     kind = nnx.Variable
+    ends = kind if states else (kind, nnx.State)
     names = positional_names(fun, len(args))
     found = {}
     for name, tree in [*zip(names, args, strict=True), *kwargs.items()]:
-        for path, leaf in leaves_of(tree, lambda x: isinstance(x, kind)):
+        for path, leaf in leaves_of(tree, lambda x: isinstance(x, ends)):
             if isinstance(leaf, kind):
                 found[join(name, *keys(path))] = leaf
     return found

@@ -13,13 +13,17 @@ What is donated is deleted, so in doubt there is no pair:
   is returned. It pairs only in a leading run of such arguments (``w, b, x, y``), with
   the result or an entry of the result's tuple, and only if it is no scalar.
 
+An argument most of whose leaves are paired with their like in one part of the result
+pairs as a whole: what an optimizer only writes (the last gradient, what its line search
+saw) comes back where it was, too.
+
 Where several results fit, as many pairs as possible are made, then arguments and
 results are taken in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rhino_jax.ir.program import Program
@@ -66,6 +70,13 @@ class _Leaves:
                 found.append(_Part(path, leaf, leaf + 1))
         return found
 
+    def all_parts(self) -> list[_Part]:
+        """The parts of every depth, in order, outer before inner."""
+        depth = max((len(path) for path in self.paths), default=0)
+        whole = _Part((), 0, len(self.paths))
+        found = [b for d in range(depth + 1) for b in self.parts(d, whole)]
+        return sorted(found, key=lambda b: b.start)
+
     def signature(self, part: _Part) -> tuple[object, ...]:
         skip = len(part.path)
         return tuple(
@@ -98,9 +109,8 @@ def state_pairs(
     arguments = ins.parts(2, _Part((), 0, len(inputs)))
     pairs = _trees(arguments, ins, outs, fits)
     pairs += _single_arrays(arguments, ins, outs, fits)
-    return tuple(
-        sorted((a.start + k, b.start + k) for a, b in pairs for k in range(a.size))
-    )
+    leaves = {a.start + k: b.start + k for a, b in pairs for k in range(a.size)}
+    return tuple(sorted({**leaves, **_rest(arguments, ins, outs, leaves)}.items()))
 
 
 Fits = Callable[[_Part, _Part], bool]
@@ -110,10 +120,7 @@ def _trees(
     arguments: Sequence[_Part], ins: _Leaves, outs: _Leaves, fits: Fits
 ) -> list[tuple[_Part, _Part]]:
     """Pairs of parts of two leaves or more, the largest first."""
-    depth = max((len(path) for path in outs.paths), default=0)
-    whole = _Part((), 0, len(outs.paths))
-    results = [b for d in range(depth + 1) for b in outs.parts(d, whole)]
-    results.sort(key=lambda b: b.start)
+    results = outs.all_parts()
     waiting = list(arguments)
     pairs = []
     while waiting := [a for a in waiting if a.size > 1]:
@@ -134,6 +141,28 @@ def _trees(
                 outs.claim(found)
                 pairs.append((a, found))
     return pairs
+
+
+def _rest(
+    arguments: Sequence[_Part],
+    ins: _Leaves,
+    outs: _Leaves,
+    leaves: Mapping[int, int],
+) -> dict[int, int]:
+    """What is left of arguments that are mostly paired, with its like."""
+    found: dict[int, int] = {}
+    results = outs.all_parts()
+    for a in arguments:
+        for b in results:
+            if b.size != a.size or outs.signature(b) != ins.signature(a):
+                continue
+            like = [(a.start + k, b.start + k) for k in range(a.size)]
+            kept = sum(leaves.get(i) == o for i, o in like)
+            if 2 * kept > a.size:
+                found.update(
+                    (i, o) for i, o in like if i not in leaves and outs.free[o]
+                )
+    return found
 
 
 def _match(fitting: Sequence[Sequence[_Part]]) -> list[_Part | None]:

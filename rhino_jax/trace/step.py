@@ -140,7 +140,7 @@ def _trace_plain(
 ) -> Any:
     positions = static_positions(fun, len(args), static)
     new_args, new_kwargs = abstract(fun, args, kwargs, positions)
-    shared = nnx.shared_paths(nnx.variables(fun, args, kwargs))
+    shared = nnx.shared_paths(nnx.variables(fun, args, kwargs, states=False))
     jitted = jax.jit(watched(fun, shared), static_argnums=sorted(positions))
     try:
         return jitted.trace(*new_args, **new_kwargs)

@@ -126,6 +126,21 @@ def test_tied_variables() -> None:
     assert len(traced.state_pairs) == len(jax.tree.leaves(state))
 
 
+def test_an_average_may_begin_as_the_parameters_themselves() -> None:
+    graph, state = nnx.split((MODEL, OPTIMIZER))
+    average = nnx.state(MODEL, nnx.Param)  # the same variables, not yet copies
+
+    def step(state: Any, average: Any, batch: Any) -> Any:
+        model, optimizer = nnx.merge(graph, state)
+        loss = fit(model, optimizer, batch)
+        new = nnx.state(model, nnx.Param)
+        average = optax.incremental_update(new, average, 0.1)
+        return nnx.state((model, optimizer)), average, loss
+
+    traced = check_step(step, (state, average, BATCH))
+    assert paired(traced)["average/up/kernel/value"] == "1/up/kernel/value"
+
+
 def test_nnx_jit_and_closed_over_modules() -> None:
     text = message(nnx.jit(fit), MODEL, OPTIMIZER, BATCH)
     assert text.startswith("fit is compiled by nnx.jit already.")

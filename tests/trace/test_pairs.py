@@ -131,6 +131,36 @@ def test_parameters_flattened_and_back() -> None:
     assert pairs_of(step, P, X, Y) == {"p/b": "b", "p/w": "w"}
 
 
+def test_what_an_optimizer_only_writes_is_state() -> None:
+    """A line search's record of the last step is not read, and comes back in place."""
+    tx = optax.lbfgs(memory_size=2)
+
+    def step(state: Any, x: Any, y: Any) -> Any:
+        p, opt = state
+
+        def value_fn(p: Any) -> Any:
+            return loss_fn(p, x, y)
+
+        loss, grad = jax.value_and_grad(value_fn)(p)
+        updates, opt = tx.update(grad, opt, p, value=loss, grad=grad, value_fn=value_fn)
+        return (optax.apply_updates(p, updates), opt), loss
+
+    found = pairs_of(step, (P, tx.init(P)), X, Y)
+    assert found == {path: path.replace("state", "0", 1) for path in found}
+    assert "state/1/2/grad/w" in found
+    assert len(found) == len(jax.tree.leaves((P, tx.init(P))))
+
+
+def test_what_is_mostly_new_is_no_state() -> None:
+    def step(p: Any, batch: Any) -> Any:
+        new = jax.tree.map(lambda a: a - batch["x"].sum(), p)
+        turned = {"x": batch["y"] * 2, "y": batch["z"] * 2, "z": batch["x"] * 2}
+        return new, {"w": batch["w"] + 1, **turned}
+
+    batch = {"w": X, "x": Y, "y": Y, "z": Y}
+    assert set(pairs_of(step, P, batch)) == {"p/b", "p/w"}
+
+
 def test_weak_types_pair() -> None:
     def step(state: Any, x: Any) -> Any:
         return {"n": state["n"] + 1, "w": state["w"] - x.sum()}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.models import NAMES
+from benchmarks.models import FIRST
 from rhino_jax.ir.analysis.batch import BatchDims, batch_dims, common_batch_size
 from rhino_jax.ir.analysis.digits import Digit, Place
 from rhino_jax.ir.analysis.regions import BACKWARD, FORWARD, RESIDUAL
@@ -176,7 +176,7 @@ def test_the_length_most_inputs_have_is_the_batch() -> None:
     assert [chosen.dim(program.inputs[i]) for i in range(4)] == [0, None, 0, None]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "resnet"])
+@pytest.mark.parametrize("name", [n for n in FIRST if n != "resnet"])
 def test_every_activation_of_the_zoo_has_its_examples(name: str) -> None:
     """Forward and residual values of the batch, but for those that are scalars."""
     found = zoo(name)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.models import NAMES
+from benchmarks.models import FIRST
 from rhino_jax.ir.analysis.crossings import crossings
 from rhino_jax.ir.analysis.cuts import MOST, Cut, cuts
 from rhino_jax.ir.analysis.regions import FORWARD
@@ -86,7 +86,7 @@ def test_no_cut_carries_more_than_it_may() -> None:
     assert all_cuts(found, most=0) == ()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST)
 def test_a_frontier_is_all_that_is_heavy_and_read_behind(name: str) -> None:
     found = zoo(name)
     program, known = found.program, found.structure.regions

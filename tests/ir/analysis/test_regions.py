@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.models import NAMES
+from benchmarks.models import FIRST
 from rhino_jax.ir.analysis.influence import reached
 from rhino_jax.ir.analysis.regions import (
     BACKWARD,
@@ -51,7 +51,7 @@ def gradient_ops(found: Analyzed) -> list[tuple[str, Op]]:
     ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST)
 def test_parameters_of_the_zoo_are_those_called_so(name: str) -> None:
     found = zoo(name)
     roots = ("state/params/", "state/0/")  # a train state; a pair with the optimizer's
@@ -62,7 +62,7 @@ def test_parameters_of_the_zoo_are_those_called_so(name: str) -> None:
     assert list(found.structure.regions.gradients) == wanted
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST)
 def test_gradients_of_the_zoo_are_what_transposition_made_last(name: str) -> None:
     found = zoo(name)
     program, known = found.program, found.structure.regions
@@ -76,7 +76,7 @@ def test_gradients_of_the_zoo_are_what_transposition_made_last(name: str) -> Non
     assert shapes == [program.values[program.inputs[i]].shape for i in known.gradients]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST)
 def test_regions_of_the_zoo_agree_with_jax_names(name: str) -> None:
     """``transpose(`` is backward; ``jvp(`` is forward or residual or unread."""
     found = zoo(name)

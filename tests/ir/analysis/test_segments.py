@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-from benchmarks.models import NAMES
+from benchmarks.models import FIRST
 from rhino_jax.ir.analysis.regions import BACKWARD, FORWARD, RESIDUAL
 from rhino_jax.ir.analysis.segments import EPILOGUE_OWNER, Segmentation
 from tests.ir.analysis.steps import (
@@ -26,7 +26,7 @@ def division(found: Analyzed, grain: str) -> Segmentation:
 
 
 @pytest.mark.parametrize("grain", GRAINS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST)
 def test_every_op_belongs_to_one(name: str, grain: str) -> None:
     found = zoo(name)
     divided = division(found, grain)
@@ -40,7 +40,7 @@ def test_every_op_belongs_to_one(name: str, grain: str) -> None:
 
 
 @pytest.mark.parametrize("grain", GRAINS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FIRST)
 def test_segments_run_forward_and_then_back(name: str, grain: str) -> None:
     """What a forward op reads is made in an earlier segment or its own, what a
     backward op reads of the backward pass in a later one or its own."""
