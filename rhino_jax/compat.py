@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.extend as jex
 import numpy as np
-from jax._src import clusters, compiler, core
+from jax._src import array, clusters, compiler, core
 from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source
 from jax._src.interpreters import mlir
@@ -127,6 +127,27 @@ def key_impl(dtype: Any) -> str:
     'threefry2x32'
     """
     return str(dtype._impl.name)
+
+
+def is_key(x: Any) -> bool:
+    """Whether ``x``, an array or the shape of one, holds random keys."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def dtype_named(name: str) -> Any:
+    """The dtype that ``str`` writes as ``name``, of keys too.
+
+    >>> dtype_named("key<fry>") == jax.random.key(0).dtype
+    True
+    """
+    if not name.startswith("key<"):
+        return jax.numpy.dtype(name)
+    kinds = (jax.eval_shape(lambda n=n: jax.random.key(0, impl=n)) for n in _KEYS)
+    return next(kind.dtype for kind in kinds if str(kind.dtype) == name)
+
+
+_KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
 def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
@@ -320,6 +341,15 @@ def threefry_partitionable(eqn: Any) -> bool:
 
 
 # ---- several processes (runtime/) -------------------------------------------------
+
+
+def absent(
+    shape: Sequence[int], dtype: Any, weak: bool, where: jax.sharding.Sharding
+) -> jax.Array:
+    """An array of which this process holds nothing: all of it is on other devices."""
+    assert not where.addressable_devices, where
+    aval = core.ShapedArray(tuple(shape), dtype, weak_type=weak)
+    return array.ArrayImpl(aval, where, [], committed=True)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from rhino_jax.api.cache import asked, sources
 from rhino_jax.api.planned import Planned
 from rhino_jax.api.planning import bind, plan_traced
 from rhino_jax.api.where import cluster_of
-from rhino_jax.errors import OptionsError
+from rhino_jax.cluster.topology import part
 from rhino_jax.options import Options
 from rhino_jax.plan import Plan
 from rhino_jax.runtime.publish import Facts, Group, agreed, group_of
@@ -39,17 +39,11 @@ def plan_for_all(
     get the plan of the first.
 
     Raises:
-        OptionsError: a pipeline is asked for on several processes.
         ProcessError: a process has another program, package or option, or did not come.
     """
     group = group_here(options)
     if group is None:
         return _planned(traced, options, given)
-    if options.pipeline_stages is not None or (given and given.stages):
-        raise OptionsError(
-            f"{name}: a pipeline runs on the devices of one process, and "
-            f"{len(group.ranks)} processes share this run; leave pipeline_stages out"
-        )
     here: list[Planned] = []
 
     def lead() -> str:
@@ -63,7 +57,8 @@ def plan_for_all(
         return here[0]
     planned = bind(Plan.from_json(answer, "the published plan"), traced, options)
     searched = given is None and not options.recipe
-    return replace(planned, cluster=cluster_of(options) if searched else None)
+    share = part(cluster_of(options), planned.plan.num_workers) if searched else None
+    return replace(planned, cluster=share)
 
 
 def group_here(options: Options) -> Group | None:

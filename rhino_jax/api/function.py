@@ -342,7 +342,8 @@ class ParallelFunction:
         """
         from rhino_jax.api.across import fetched
 
-        return fetched(tree)
+        staged = [e.planned for e in self._entries if e.planned.plan.stages]
+        return fetched(tree, staged[0].attached().devices if staged else frozenset())
 
     def save(
         self, folder: str | Path, state: Any, step: int, keep: int | None = None

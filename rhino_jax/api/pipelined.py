@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from rhino_jax import compat
+from rhino_jax.api.across import laid, ranks_of
 from rhino_jax.api.activations import activations
 from rhino_jax.api.attached import attached_cluster
 from rhino_jax.api.cache import folder_of
@@ -157,12 +159,26 @@ class PipelinePlanned(Planned):
         programs = self.programs
         homes = dict(zip(programs.inputs, programs.chunks.homes, strict=True))
         return [
-            programs.sharding(
+            self.shared.get(k)
+            or programs.sharding(
                 read.version,
                 read.source.stage if read.source else homes[read.version],
             )
-            for read in programs.chunks.outputs
+            for k, read in enumerate(programs.chunks.outputs)
         ]
+
+    @cached_property
+    def shared(self) -> Mapping[int, Any]:
+        """The outputs that lie on all workers: on several processes what is no state,
+        so that each has its metrics."""
+        if isinstance(self.jax_mesh, AbstractMesh) or len(ranks_of(self.devices)) == 1:
+            return {}
+        state = {output for _, output in self.traced.state_pairs}
+        return {
+            k: NamedSharding(self.jax_mesh, self.programs.spec(read.version))
+            for k, read in enumerate(self.programs.chunks.outputs)
+            if k not in state
+        }
 
     def create(self, init_fn: Callable[..., Any], given: Sequence[Any]) -> Any:
         """What ``init_fn`` returns, the part of every worker made on its devices."""
@@ -173,20 +189,26 @@ class PipelinePlanned(Planned):
         for i, one in enumerate(where):
             devices = tuple(sorted(d.id for d in one.device_set))
             workers.setdefault(devices, []).append(i)
+        avals = jax.tree.leaves(shapes)
         leaves: list[Any] = [None] * len(where)
         for mine in workers.values():
+            home = where[mine[0]]
+            if not home.addressable_devices:
+                for i in mine:
+                    x = avals[i]
+                    leaves[i] = compat.absent(x.shape, x.dtype, x.weak_type, where[i])
+                continue
 
             def part(*args: Any, mine: Sequence[int] = tuple(mine)) -> list[Any]:
                 made = jax.tree.leaves(init_fn(*args))
                 return [made[i] for i in mine]
 
-            home = where[mine[0]]
             everywhere = (
-                jax.sharding.NamedSharding(home.mesh, PartitionSpec())
-                if isinstance(home, jax.sharding.NamedSharding)
+                NamedSharding(home.mesh, PartitionSpec())
+                if isinstance(home, NamedSharding)
                 else home
             )
-            args = jax.device_put(tuple(given), everywhere)
+            args = jax.tree.map(lambda x, to=everywhere: laid(x, to), tuple(given))
             made = jax.jit(part, out_shardings=[where[i] for i in mine])(*args)
             for i, x in zip(mine, made, strict=True):
                 leaves[i] = x
@@ -201,7 +223,9 @@ class PipelinePlanned(Planned):
         tree: Any
         order, tree = jax.tree.flatten(passing.call(*args))
         place = {i: k for k, i in enumerate(order)}
-        controller = Controller(self.graph, self.programs, traced.donated)
+        controller = Controller(
+            self.graph, self.programs, traced.donated, enter=laid, shared=self.shared
+        )
 
         def step(donated: Any, others: Any, constants: Any) -> Any:
             given, found = jax.tree.flatten((donated, others))

@@ -123,6 +123,13 @@ class Planned:
         return replace(self, jax_mesh=device_mesh(self.plan.whole_mesh))
 
     @cached_property
+    def devices(self) -> frozenset[Any]:
+        """The devices that it runs on."""
+        if self.jax_mesh is None:
+            return frozenset(jax.devices()[:1])
+        return frozenset(self.jax_mesh.devices.flat)
+
+    @cached_property
     def in_shardings(self) -> Any:
         """``(args, kwargs)`` with a sharding for every array."""
         count = self.traced.num_inputs

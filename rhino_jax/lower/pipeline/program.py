@@ -90,6 +90,14 @@ class StagePrograms:
             return partition_spec(version[1])
         return self.raw
 
+    def shape(self, version: Version) -> tuple[int, ...]:
+        """The shape in which a version is handed over."""
+        whole = self.program.values[version[0]].shape
+        if version in self.ordinary:
+            return whole
+        places = (axis.size for axis in self.mesh.axes)
+        return (*places, *version[1].local_shape(whole, self.wide))
+
     def sharding(self, version: Version, stage: int) -> Any:
         """How ``version`` lies on the devices of a stage."""
         return self.placed(self.spec(version), stage)
