@@ -143,8 +143,9 @@ def dtype_named(name: str) -> Any:
     """
     if not name.startswith("key<"):
         return jax.numpy.dtype(name)
-    kinds = (jax.eval_shape(lambda n=n: jax.random.key(0, impl=n)) for n in _KEYS)
-    return next(kind.dtype for kind in kinds if str(kind.dtype) == name)
+    return next(
+        found for found in map(jax.random.key_dtype, _KEYS) if str(found) == name
+    )
 
 
 _KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -348,7 +349,9 @@ def absent(
 ) -> jax.Array:
     """An array of which this process holds nothing: all of it is on other devices."""
     assert not where.addressable_devices, where
-    aval = core.ShapedArray(tuple(shape), dtype, weak_type=weak)
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.make_array_from_single_device_arrays(shape, where, [], dtype=dtype)
+    aval = core.ShapedArray(tuple(shape), np.dtype(dtype), weak_type=weak)
     return array.ArrayImpl(aval, where, [], committed=True)
 
 

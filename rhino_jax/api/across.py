@@ -148,10 +148,7 @@ def _fetched(x: Any, lacks: list[bool], devices: Devices) -> Any:
     if not isinstance(x, jax.Array):
         return x
     if compat.is_key(x):
-        kind = jax.eval_shape(jax.random.key_data, _kind(x))
-        there = (kind.shape, kind.dtype, False, x.sharding)
-        data = jax.random.key_data(x) if _near(x) else compat.absent(*there)
-        words = _fetched(data, lacks, devices)
+        words = _fetched(words_of(x), lacks, devices)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
     host = _whole(x) if _near(x) else np.zeros(x.shape, x.dtype)
     if not any(lacks):
@@ -159,18 +156,23 @@ def _fetched(x: Any, lacks: list[bool], devices: Devices) -> Any:
     bytes_ = np.ascontiguousarray(host).reshape(-1).view(np.uint8)
     from_one = _of_each(bytes_, devices)
     everywhere = NamedSharding(from_one.sharding.mesh, PartitionSpec())
-    sent = _picking(lacks.index(False), everywhere)(from_one)
+    sent = picking(lacks.index(False), everywhere)(from_one)
     return np.asarray(sent).view(host.dtype).reshape(host.shape)
 
 
 @lru_cache(maxsize=1024)
-def _picking(position: int, where: Sharding) -> Any:
+def picking(position: int, where: Sharding) -> Any:
     """A jitted function: one place of an array's leading dimension."""
     return jax.jit(lambda x: x[position], out_shardings=where)
 
 
-def _kind(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def words_of(x: jax.Array) -> jax.Array:
+    """The words of keys, which may be nowhere in this process."""
+    if _near(x):
+        return jax.random.key_data(x)
+    bare = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    kind = jax.eval_shape(jax.random.key_data, bare)
+    return compat.absent(kind.shape, kind.dtype, False, x.sharding)
 
 
 def _whole(x: jax.Array) -> np.ndarray:

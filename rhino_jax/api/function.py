@@ -363,6 +363,8 @@ class ParallelFunction:
         from rhino_jax.api.checkpoint import save
 
         began(f"saving step {step} of {self.__name__}")
+        if self._entries:
+            state = self._entries[0].planned.attached().spread(state)
         save(folder, state, step, keep)
 
     def restore(
@@ -389,9 +391,9 @@ class ParallelFunction:
         known = self.planned(*args, **kwargs) if args or kwargs else None
         planned = (known or self._entries[0].planned).attached()
         began(f"restoring {self.__name__}")
-        homes, tree = jax.tree.flatten(planned.in_shardings[0][0])
+        homes, tree = jax.tree.flatten(planned.saved_shardings)
         kinds = planned.traced.avals[: len(homes)]
-        return restore(folder, step, tree, kinds, homes)
+        return planned.brought_back(restore(folder, step, tree, kinds, homes))
 
     def _put(self, method: str, tree: Any, hint: str, last: bool) -> Any:
         from rhino_jax.api import placing

@@ -18,8 +18,9 @@ from rhino_jax.api.cache import folder_of
 from rhino_jax.api.passing import Passing
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.simulated import simulated
+from rhino_jax.api.spreading import Spreading
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.errors import VerifyError
+from rhino_jax.errors import CheckpointError, VerifyError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.pipeline.chunks import Chunks
 from rhino_jax.ir.spans import numbers
@@ -171,7 +172,7 @@ class PipelinePlanned(Planned):
     def shared(self) -> Mapping[int, Any]:
         """The outputs that lie on all workers: on several processes what is no state,
         so that each has its metrics."""
-        if isinstance(self.jax_mesh, AbstractMesh) or len(ranks_of(self.devices)) == 1:
+        if self.spreading is None:
             return {}
         state = {output for _, output in self.traced.state_pairs}
         return {
@@ -179,6 +180,52 @@ class PipelinePlanned(Planned):
             for k, read in enumerate(self.programs.chunks.outputs)
             if k not in state
         }
+
+    # ---- checkpoints --------------------------------------------------------------
+
+    @cached_property
+    def spreading(self) -> Spreading | None:
+        """How stages spread over several processes; None where there is only one."""
+        if isinstance(self.jax_mesh, AbstractMesh) or len(ranks_of(self.devices)) == 1:
+            return None
+        return Spreading(self.jax_mesh)
+
+    @property
+    def saved_shardings(self) -> Any:
+        """See :attr:`Planned.saved_shardings`."""
+        homes, tree = jax.tree.flatten(self.in_shardings[0][0])
+        if self.spreading is None:
+            return self.in_shardings[0][0]
+        pairs = zip(self.traced.avals, homes, strict=False)
+        wide = [self.spreading.sharding(aval.shape, home) for aval, home in pairs]
+        return jax.tree.unflatten(tree, wide)
+
+    def spread(self, state: Any) -> Any:
+        """See :meth:`Planned.spread`.
+
+        Raises:
+            CheckpointError: it is not the planned state where the plan has it.
+        """
+        spreading, homes = self.spreading, self.in_shardings[0][0]
+        if spreading is None:
+            return state
+        if jax.tree.structure(state) != jax.tree.structure(homes) or any(
+            not isinstance(x, jax.Array) or x.sharding != home
+            for x, home in zip(*map(jax.tree.leaves, (state, homes)), strict=True)
+        ):
+            raise CheckpointError(
+                f"a pipeline on several processes saves the state of "
+                f"{self.traced.program.name} as it returns it; place(state) first"
+            )
+        return jax.tree.map(spreading.spread, state, homes)
+
+    def brought_back(self, state: Any) -> Any:
+        """See :meth:`Planned.brought_back`."""
+        if self.spreading is None:
+            return state
+        return jax.tree.map(self.spreading.back, state, self.in_shardings[0][0])
+
+    # ---- creating -----------------------------------------------------------------
 
     def create(self, init_fn: Callable[..., Any], given: Sequence[Any]) -> Any:
         """What ``init_fn`` returns, the part of every worker made on its devices."""

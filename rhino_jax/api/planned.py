@@ -157,6 +157,19 @@ class Planned:
             return jax.jit(init_fn)(*given)
         return jax.jit(init_fn, out_shardings=self.in_shardings[0][0])(*given)
 
+    @property
+    def saved_shardings(self) -> Any:
+        """How the state lies on its way to and from a checkpoint."""
+        return self.in_shardings[0][0]
+
+    def spread(self, state: Any) -> Any:
+        """``state`` as :attr:`saved_shardings` say; on several processes all call."""
+        return state
+
+    def brought_back(self, state: Any) -> Any:
+        """The inverse of :meth:`spread`."""
+        return state
+
     def shardings(self, layouts: Sequence[Layout]) -> Sequence[Any]:
         """Layouts as JAX's shardings on this plan's devices."""
         if not self.plan.mesh.axes:
