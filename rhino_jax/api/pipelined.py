@@ -225,6 +225,17 @@ class PipelinePlanned(Planned):
             return state
         return jax.tree.map(self.spreading.back, state, self.in_shardings[0][0])
 
+    def on_all_devices(self, x: Any) -> Any:
+        """See :meth:`Planned.on_all_devices`; on several processes all call."""
+        if self.spreading is None or not isinstance(x, jax.Array):
+            return x
+        return self.spreading.spread(x, x.sharding) if x.sharding in self.homes else x
+
+    @cached_property
+    def homes(self) -> frozenset[Any]:
+        """The shardings of the leaves of stages."""
+        return frozenset(self.input_shardings)
+
     # ---- creating -----------------------------------------------------------------
 
     def create(self, init_fn: Callable[..., Any], given: Sequence[Any]) -> Any:

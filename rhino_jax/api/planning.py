@@ -15,6 +15,7 @@ from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.staging import (
     microbatches_of,
+    network_bound,
     predicted_of,
     stage_counts,
     stages_of,
@@ -138,7 +139,7 @@ def _check_lowering(traced: Traced, options: Options) -> None:
 
 def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     """By a search; where the number of stages is left to it, by one for each."""
-    if options.pipeline_stages != AUTO:
+    if options.stages is not None or options.pipeline_stages == 1:
         return _by_search(traced, options, cluster)
     found: list[tuple[float, Planned]] = []
     said: list[str] = []
@@ -148,19 +149,39 @@ def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         try:
             one = _by_search(traced, replace(options, pipeline_stages=stages), cluster)
         except (InfeasibleError, MeshError) as error:
+            if options.pipeline_stages is None and not found:
+                raise
             alone = alone or error
             said.append(f"{name} can not be")
             continue
         assert one.predicted is not None
+        if stages is None and not _open(one.predicted, options, cluster):
+            return one
         seconds = one.predicted.step_seconds
         said.append(f"{name} {seconds * 1e3:.2f} ms")
+        better = not found or seconds < min(found, key=_first)[0]
         found.append((seconds, one))
+        if options.pipeline_stages is None and not better:
+            break  # more stages idle longer
     if not found:
         assert alone is not None
         raise alone
-    _, best = min(found, key=lambda way: way[0])
+    _, best = min(found, key=_first)
     note = f"pipelines compared by prediction: {', '.join(said)}"
     return replace(best, plan=replace(best.plan, notes=(*best.plan.notes, note)))
+
+
+def _first(way: tuple[float, Planned]) -> float:
+    return way[0]
+
+
+def _open(alone: Predicted, options: Options, cluster: Cluster) -> bool:
+    """Whether pipelines compete with the plan without one: asked to, or where most of
+    its time goes to a network, which they could spare."""
+    if options.pipeline_stages == AUTO:
+        return True
+    given = options.mesh is not None or options.lowering != "manual"
+    return not given and network_bound(alone, cluster)
 
 
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:

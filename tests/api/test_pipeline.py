@@ -402,13 +402,17 @@ def _flat_mesh() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices(), object), ("data",))
 
 
-def test_a_pipeline_is_not_followed() -> None:
+def test_a_pipeline_is_followed_by_a_step_on_all_devices() -> None:
     step, state, batch = STEPS["towers"]()
     piped = rhino.auto_parallel(pipeline_stages=2, **WORKERS)(step)
-    piped.planned(state, batch)
+    held = piped.place(state, batch)
     evaluate = rhino.follow(piped, lambda state, batch: step(state, batch)[1])
-    with pytest.raises(errors.OptionsError, match="by itself"):
-        evaluate(state, batch)
+    with pytest.warns(UserWarning, match="moved"):
+        found = evaluate(held, batch)
+    wanted = jax.jit(step)(state, batch)[1]
+    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)
+    np.testing.assert_allclose(evaluate(held, batch)["loss"], found["loss"], rtol=1e-6)
+    assert len(found["loss"].sharding.device_set) == 8
 
 
 def test_an_error_names_the_stage_and_the_microbatch() -> None:
