@@ -24,6 +24,7 @@ from rhino_jax.ir.pipeline.flow import Version
 from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.lower.program import SignatureChanged
 from rhino_jax.runtime.crossing import Crossing, Turns, devices_of, is_here
+from rhino_jax.runtime.finding import first_fault
 from rhino_jax.runtime.status import began, this_status
 from rhino_jax.runtime.tasks import Run, Send, Task, TaskGraph
 
@@ -255,7 +256,10 @@ class Controller:
                 else program(*args)
             )
         except Exception as error:
-            error.add_note(f"in {task} of {self.stages.program.name}")
+            at = ""
+            if isinstance(error, FloatingPointError) and not self.split[task.worker]:
+                at = first_fault(self.stages, task, args)
+            error.add_note(f"in {task} of {self.stages.program.name}{at}")
             raise
         for slot, x in zip(task.gives, outs, strict=True):
             held[slot] = x

@@ -435,3 +435,25 @@ def test_an_error_names_the_stage_and_the_microbatch() -> None:
     (note,) = caught.value.__notes__
     assert "backward half of stage 1" in note
     assert "microbatch 0" in note
+
+
+def test_what_is_no_number_names_the_line_that_made_it() -> None:
+    def step(params: Any, x: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            hidden = jnp.tanh(jnp.tanh(x @ params[0]) @ params[1])
+            hidden = jnp.tanh(hidden @ params[2])
+            return jnp.mean(jnp.log(hidden - 2) @ params[3])  # of less than nothing
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        return jax.tree.map(lambda p, g: p - g, params, grads), loss
+
+    rng = np.random.default_rng(0)
+    params = [rng.normal(size=(8, 8)).astype(np.float32) for _ in range(4)]
+    x = rng.normal(size=(16, 8)).astype(np.float32)
+    piped = rhino.auto_parallel(pipeline_stages=2, **WORKERS)(step)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError) as caught:
+        piped(params, x)
+    notes = " ".join(caught.value.__notes__)
+    assert "forward half of stage 1 on worker 1, microbatch 0 of step" in notes
+    line = step.__code__.co_firstlineno + 4
+    assert f"first made by log at test_pipeline.py:{line}" in notes
