@@ -345,13 +345,13 @@ def threefry_partitionable(eqn: Any) -> bool:
 
 
 def absent(
-    shape: Sequence[int], dtype: Any, weak: bool, where: jax.sharding.Sharding
+    shape: tuple[int, ...], dtype: Any, weak: bool, where: jax.sharding.Sharding
 ) -> jax.Array:
     """An array of which this process holds nothing: all of it is on other devices."""
     assert not where.addressable_devices, where
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return jax.make_array_from_single_device_arrays(shape, where, [], dtype=dtype)
-    aval = core.ShapedArray(tuple(shape), np.dtype(dtype), weak_type=weak)
+    aval = core.ShapedArray(shape, np.dtype(dtype), weak_type=weak)
     return array.ArrayImpl(aval, where, [], committed=True)
 
 

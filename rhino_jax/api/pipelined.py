@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from rhino_jax.report.text import plan_text
 from rhino_jax.report.timeline import write_timeline
 from rhino_jax.runtime.build import task_graph
 from rhino_jax.runtime.controller import Controller, lowered
+from rhino_jax.runtime.crossing import devices_of, is_here
 from rhino_jax.runtime.tasks import TaskGraph
 from rhino_jax.schedule import Schedule, make_schedule
 from rhino_jax.search.staging import SPLIT, Divided
@@ -302,12 +303,21 @@ class PipelinePlanned(Planned):
         Args:
             platform: as :meth:`Planned.lower`'s.
         """
-        real = [*self.traced.avals, *(jax.typeof(c) for c in self.traced.constants)]
-        return lowered(self.graph, self.programs, real, platform or self.platform)
+        return self._lowered(range(self.stages.num_workers), platform)
 
     def compile(self) -> Any:
-        """The compiled programs of all stages."""
-        return [one.compile() for one in self.lower()]
+        """The compiled programs of all stages that this process has a device of."""
+        here = [
+            worker
+            for worker, mesh in enumerate(self.programs.meshes)
+            if any(map(is_here, devices_of(mesh)))
+        ]
+        return [one.compile() for one in self._lowered(here)]
+
+    def _lowered(self, workers: Collection[int], platform: str = "") -> Any:
+        real = [*self.traced.avals, *(jax.typeof(c) for c in self.traced.constants)]
+        platform = platform or self.platform
+        return lowered(self.graph, self.programs, real, platform, workers)
 
     def compile_only(self, target: str = "", **options: Any) -> CompiledFacts:
         raise VerifyError(

@@ -48,9 +48,13 @@ def programs_of(graph: TaskGraph, stages: StagePrograms) -> Programs:
 
 
 def lowered(
-    graph: TaskGraph, stages: StagePrograms, avals: Sequence[Any], platform: str
+    graph: TaskGraph,
+    stages: StagePrograms,
+    avals: Sequence[Any],
+    platform: str,
+    workers: Collection[int],
 ) -> list[jax.stages.Lowered]:
-    """Every program lowered, in an order in which they can run.
+    """Every program of ``workers`` lowered, in an order in which they can run.
 
     Args:
         avals: of the step's inputs.
@@ -82,7 +86,8 @@ def lowered(
                 done[name] = traced.lower(lowering_platforms=on)
             for slot, out in zip(task.gives, done[name].out_info, strict=True):
                 put(slot, out, task.worker)
-    return list(done.values())
+    owner = stages.worker_of
+    return [one for (key, _), one in done.items() if owner[key.stage] in workers]
 
 
 def _arguments(task: Run, held: Any) -> list[Any]:

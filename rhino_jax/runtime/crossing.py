@@ -144,7 +144,8 @@ class Crossing:
             jax.make_array_from_single_device_arrays(
                 kind.shape,
                 where,
-                [part[device] for device in where.addressable_devices],
+                # In the sharding's own order, which keys are not brought into.
+                [part[d] for d in where.addressable_devices_indices_map(kind.shape)],
                 dtype=kind.dtype,
             )
             for (kind, where), part in zip(pairs, arrived, strict=True)
