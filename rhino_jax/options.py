@@ -40,7 +40,7 @@ class Options:
             "stage" (a ``jax.sharding.Mesh`` must). 1 is no pipeline, "auto" the number
             (or none) that is predicted to be fastest. None is no pipeline, unless a
             step without one would wait for the network between hosts a good part of
-            its time (and neither a mesh nor a recipe is given): then it is "auto".
+            its time (and no mesh, pins or recipe are given): then it is "auto".
         schedule: in what order stages run microbatches: "1f1b", "gpipe", "eager_1f1b",
             "zero_bubble"; "interleaved" and "circular" run several stages on each share
             of the devices: two, or as many as is said ("interleaved:3").

@@ -210,7 +210,8 @@ class PipelinePlanned(Planned):
         spreading, homes = self.spreading, self.in_shardings[0][0]
         if spreading is None:
             return state
-        if jax.tree.structure(state) != jax.tree.structure(homes) or any(
+        structure: Any = jax.tree.structure(homes)
+        if jax.tree.structure(state) != structure or any(
             not isinstance(x, jax.Array) or x.sharding != home
             for x, home in zip(*map(jax.tree.leaves, (state, homes)), strict=True)
         ):

@@ -180,7 +180,7 @@ def _open(alone: Predicted, options: Options, cluster: Cluster) -> bool:
     its time goes to a network, which they could spare."""
     if options.pipeline_stages == AUTO:
         return True
-    given = options.mesh is not None or options.lowering != "manual"
+    given = options.mesh is not None or options.pins or options.lowering != "manual"
     return not given and network_bound(alone, cluster)
 
 

@@ -27,7 +27,7 @@ def first_fault(stages: StagePrograms, task: Run, args: Sequence[Any]) -> str:
     given = args[: len(args) - len(chunk.totals)]
     if task.start or any(x.is_deleted() for x in jax.tree.leaves(given)):
         return ""
-    faulty = jnp.isnan if jax.config.jax_debug_nans else jnp.isinf
+    faulty = jnp.isnan if jax.debug_nans.value else jnp.isinf
     with jax.debug_nans(False), jax.debug_infs(False):
         (told,) = stages.finding_program(chunk, faulty)(*given)
         found = np.asarray(told)
