@@ -1,14 +1,14 @@
 """Does a killed process end the job, by name, and does a restart give the same losses?
 
 ``benchmarks/resumable.py`` under ``rhino launch``, several processes of one simulated
-device. Each process is killed (SIGKILL) at random moments: every second time at any
-second of the run, from the start of the processes on, otherwise up to half a second
-after a random step (every fourth saves a checkpoint). Then: the launcher must end with
-another exit code than 0 within 30 seconds, its last line must name the process and how
-it died; the same command started again must restore every checkpoint it finds and end
-well, with the losses of a run that nobody interrupted, those written before the kill
-too. Results are kept in a file; what is there already is not run again. ``python -m
-benchmarks.faults --help``.
+device, with ``--stages`` as a pipeline. Each process is killed (SIGKILL) at random
+moments: every second time at any second of the run, from the start of the processes on,
+otherwise up to half a second after a random step (every fourth saves a checkpoint).
+Then: the launcher must end with another exit code than 0 within 30 seconds, its last
+line must name the process and how it died; the same command started again must restore
+every checkpoint it finds and end well, with the losses of a run that nobody
+interrupted, those written before the kill too. Results are kept in a file; what is
+there already is not run again. ``python -m benchmarks.faults --help``.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ class Trial:
         )
 
 
-def start(folder: Path, processes: int) -> subprocess.Popen[str]:
+def start(folder: Path, processes: int, stages: int = 0) -> subprocess.Popen[str]:
     """The training script, from the start or from where it was stopped.
 
-    The launcher's logs lie in ``folder`` too.
+    As a pipeline where there are ``stages``. The launcher's logs lie in ``folder`` too.
     """
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "rhino_jax.cli", "launch", "-n", str(processes)),
-            *("--logs", str(folder / "logs"), str(SCRIPT), str(folder)),
+            *("--logs", str(folder / "logs"), str(SCRIPT), str(folder), str(stages)),
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -111,10 +111,12 @@ def losses_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def uninterrupted(folder: Path, processes: int) -> tuple[list[float], float]:
+def uninterrupted(
+    folder: Path, processes: int, stages: int
+) -> tuple[list[float], float]:
     """The losses of a whole run, and its seconds."""
     began = time.perf_counter()
-    job = start(folder, processes)
+    job = start(folder, processes, stages)
     _, said = job.communicate(timeout=MOST_SECONDS)
     assert job.returncode == 0, said
     rows = losses_of(folder)
@@ -122,14 +124,18 @@ def uninterrupted(folder: Path, processes: int) -> tuple[list[float], float]:
 
 
 def killed(
-    folder: Path, processes: int, rank: int, when: Callable[[float], bool]
+    folder: Path,
+    processes: int,
+    rank: int,
+    when: Callable[[float], bool],
+    stages: int = 0,
 ) -> Death | None:
     """Kill ``rank`` at a moment; None where the run ended before.
 
     Args:
         when: whether the moment has come, so many seconds after the start.
     """
-    job = start(folder, processes)
+    job = start(folder, processes, stages)
     began = time.perf_counter()
     while not when(time.perf_counter() - began) and job.poll() is None:
         time.sleep(0.01)
@@ -158,13 +164,14 @@ def trial(
     rank: int,
     when: Callable[[float], bool],
     expected: list[float],
+    stages: int,
 ) -> Trial | None:
     """Kill, start again, compare; None where the run ended before the kill."""
-    death = killed(folder, processes, rank, when)
+    death = killed(folder, processes, rank, when, stages)
     if death is None:
         return None
     before = len(losses_of(folder))
-    job = start(folder, processes)
+    job = start(folder, processes, stages)
     job.communicate(timeout=MOST_SECONDS)
     rows = losses_of(folder)
     resumed = int(rows[before]["step"]) if len(rows) > before else len(expected)
@@ -195,6 +202,7 @@ def after_a_step(rng: np.random.Generator, folder: Path) -> Callable[[float], bo
 
 @click.command()
 @click.option("--processes", default=4, show_default=True)
+@click.option("--stages", default=0, help="Of a pipeline; 0 is none.")
 @click.option("--kills", default=10, show_default=True, help="Of each process.")
 @click.option(
     "--out",
@@ -202,24 +210,25 @@ def after_a_step(rng: np.random.Generator, folder: Path) -> Callable[[float], bo
     show_default=True,
     type=click.Path(path_type=Path),
 )
-def main(processes: int, kills: int, out: Path) -> None:
+def main(processes: int, stages: int, kills: int, out: Path) -> None:
     """Run the kills that are missing and say which went wrong."""
     lines = out.read_text().splitlines() if out.exists() else []
     rows = [json.loads(line) for line in lines]
     done = {x["key"]: Trial(**{**x, "death": Death(**x["death"])}) for x in rows}
     with tempfile.TemporaryDirectory() as name:
-        expected, seconds = uninterrupted(Path(name), processes)
+        expected, seconds = uninterrupted(Path(name), processes, stages)
     click.echo(f"{len(expected)} steps in {seconds:.1f} s, nobody killed")
     for rank in range(processes):
         for number in range(kills):
-            key = f"{processes}|{rank}|{number}"
+            piped = f"|{stages} stages" if stages else ""
+            key = f"{processes}|{rank}|{number}{piped}"
             rng = np.random.default_rng([processes, rank, number])
             while key not in done:
                 with tempfile.TemporaryDirectory() as name:
                     folder = Path(name)
                     odd = after_a_step(rng, folder)
                     when = odd if number % 2 else at_a_second(rng, seconds)
-                    made = trial(key, folder, processes, rank, when, expected)
+                    made = trial(key, folder, processes, rank, when, expected, stages)
                 if made is not None:
                     done[key] = made
                     with out.open("a") as file:

@@ -31,6 +31,7 @@ def planned_and_compiled(size: str, cluster: str) -> tuple[list[str], bool]:
         model.state_shapes,
         model.batch_shapes,
         cluster=cluster,
+        pipeline_stages=1,
         cache_dir="",
     )
     seconds = time.perf_counter() - began

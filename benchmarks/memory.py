@@ -107,7 +107,7 @@ def predicted(case: Case) -> Predicted:
     model, batch = model_of(case)
 
     def planned(**options: Any) -> Planned:
-        given = {**KINDS[case.kind], **options}
+        given = {"pipeline_stages": 1, **KINDS[case.kind], **options}
         return rhino.plan(
             model.train_step, model.state_shapes, batch, cluster=case.cluster, **given
         )

@@ -2,8 +2,8 @@
 
 On 16 simulated CPU devices, in float64: the losses of 2 steps and the state after them,
 per leaf as in :mod:`benchmarks.equality`. Cases cover every pair of model, number of
-stages, mesh of one worker, schedule and recipe that can go together. Results are kept
-in a file; cases already there are not run again.
+stages, mesh of one worker, schedule, recipe and number of processes (``rhino launch``)
+that can go together. Results are kept in a file; cases already there are not run again.
 ``python -m benchmarks.pipeline_matrix --help``.
 """
 
@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from functools import cache
 from pathlib import Path
@@ -44,6 +48,8 @@ MICROBATCHES = {"resnet": 1, "clip": 1, "moe": 2}
 """Where not 4: models that mix examples, or regroup their tokens."""
 MESHES = {"1": {}, "2": {"data": 2}, "2x2": {"data": 2, "tensor": 2}}
 RECIPES = ("search", "data_parallel", "zero3", "megatron")
+DEVICES = 16
+PROCESSES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Case:
     mesh: str
     schedule: str
     recipe: str
+    processes: int
 
     def __str__(self) -> str:
         return "|".join(map(str, astuple(self)))
@@ -64,12 +71,18 @@ class Case:
         return self.stages // (2 if self.schedule in LOOPED else 1)
 
     @property
+    def devices(self) -> int:
+        return self.workers * math.prod(MESHES[self.mesh].values())
+
+    @property
     def microbatches(self) -> int:
         return MICROBATCHES.get(self.model, 4)
 
 
 def possible(case: Case) -> bool:
     """Whether a case asks for nothing that contradicts itself."""
+    if case.devices % case.processes:
+        return False
     if case.model in SCANNED and case.schedule not in IN_ONE_PROGRAM:
         return False
     if case.recipe == "megatron":
@@ -94,7 +107,12 @@ def cases() -> tuple[Case, ...]:
         for case in itertools.starmap(
             Case,
             itertools.product(
-                (*ZOO, *STEPS), (2, 4), tuple(MESHES), tuple(SCHEDULES), RECIPES
+                (*ZOO, *STEPS),
+                (2, 4),
+                tuple(MESHES),
+                tuple(SCHEDULES),
+                RECIPES,
+                PROCESSES,
             ),
         )
         if possible(case)
@@ -132,11 +150,11 @@ def reference(name: str, steps: int = 2) -> tuple[Any, Any, Any, list[float], An
 
 
 def mesh_of(case: Case) -> jax.sharding.Mesh:
-    """The first devices, workers along the leading axis."""
+    """As many devices of every process, workers along the leading axis."""
     axes = {"stage": case.workers, **MESHES[case.mesh]}
-    shape = tuple(axes.values())
-    devices = np.array(jax.devices()[: int(np.prod(shape))], object)
-    return jax.sharding.Mesh(devices.reshape(shape), tuple(axes))
+    by_process = np.array(jax.devices(), object).reshape(case.processes, -1)
+    devices = by_process[:, : case.devices // case.processes]
+    return jax.sharding.Mesh(devices.reshape(tuple(axes.values())), tuple(axes))
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -158,7 +176,7 @@ def run(case: Case) -> dict[str, Any]:
         for _ in losses:
             now, metrics = piped(now, batch)
             found.append(float(metrics["loss"]))
-        worst, path = worst_leaf(expected, now)
+        worst, path = worst_leaf(expected, piped.fetch(now))
         apart = max(abs(a - b) for a, b in zip(losses, found, strict=True))
         good = worst <= STATE_TOLERANCE and apart <= STATE_TOLERANCE
         return {
@@ -168,35 +186,84 @@ def run(case: Case) -> dict[str, Any]:
         }
 
 
+def run_here(wanted: Iterable[Case], out: Path) -> None:
+    """Run cases in this process, with the others where there are; the first writes."""
+    for case in wanted:
+        row: dict[str, Any] = {"key": str(case)}
+        try:
+            row |= run(case)
+        except rhino.RhinoError as error:
+            row["outcome"] = f"error: {error}"
+        if jax.process_index() == 0:
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        jax.clear_caches()
+
+
+def launched(processes: int, wanted: list[Case], out: Path) -> None:
+    """Run cases on several processes; one over which they end is written down, and the
+    rest is run without it."""
+    with tempfile.TemporaryDirectory() as folder:
+        left = wanted
+        while left:
+            names = Path(folder) / "cases.json"
+            names.write_text(json.dumps([str(case) for case in left]))
+            done = subprocess.run(
+                [
+                    *(sys.executable, "-m", "rhino_jax.cli", "launch"),
+                    *("-n", str(processes), "--devices", str(DEVICES // processes)),
+                    *(__file__, "--inner", str(names), "--out", str(out)),
+                ],
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+            left = [case for case in left if str(case) not in read(out)]
+            if done.returncode and left:
+                said = done.stderr.strip().splitlines()[-1]
+                row = {"key": str(left.pop(0)), "outcome": f"ended: {said}"}
+                with out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def read(out: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file by case."""
+    lines = out.read_text().splitlines() if out.exists() else []
+    return {row["key"]: row for row in map(json.loads, lines)}
+
+
 @click.command()
 @click.option("--models", default=",".join((*ZOO, *STEPS)), show_default=True)
+@click.option("--processes", default="1,2,4", show_default=True)
 @click.option(
     "--out",
     default="pipeline_matrix.jsonl",
     show_default=True,
     type=click.Path(path_type=Path),
 )
-def main(models: str, out: Path) -> None:
+@click.option("--inner", type=click.Path(path_type=Path), hidden=True)
+def main(models: str, processes: str, out: Path, inner: Path | None) -> None:
     """Run what is missing and say what is not equal."""
-    done: dict[str, dict[str, Any]] = {}
-    if out.exists():
-        rows = map(json.loads, out.read_text().splitlines())
-        done = {row["key"]: row for row in rows}
-    for case in sorted(cases(), key=lambda case: case.model):
-        if case.model not in models.split(","):
-            continue
-        if str(case) not in done:
-            row: dict[str, Any] = {"key": str(case)}
-            try:
-                row |= run(case)
-            except rhino.RhinoError as error:
-                row["outcome"] = f"error: {error}"
-            done[str(case)] = row
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            jax.clear_caches()
-        click.echo(f"{case}: {done[str(case)]['outcome']}")
-    equal = sum(row["outcome"] == "equal" for row in done.values())
+    every = sorted(cases(), key=lambda case: case.model)
+    if inner is not None:
+        rhino.initialize()
+        names = json.loads(inner.read_text())
+        run_here([case for case in every if str(case) in names], out)
+        return
+    chosen = [case for case in every if case.model in models.split(",")]
+    for count in map(int, processes.split(",")):
+        wanted = [case for case in chosen if case.processes == count]
+        missing = [case for case in wanted if str(case) not in read(out)]
+        if count == 1:
+            run_here(missing, out)
+        else:
+            launched(count, missing, out)
+        for case in wanted:
+            click.echo(f"{case}: {read(out)[str(case)]['outcome']}")
+    done = read(out).values()
+    equal = sum(row["outcome"] == "equal" for row in done)
     click.echo(f"{equal} of {len(done)} cases equal")
 
 

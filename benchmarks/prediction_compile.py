@@ -85,6 +85,7 @@ def planned_for(text: str, model: str, size: str, depth: int, **how: Any) -> Any
         made.state_shapes,
         made.batch_shapes,
         cluster=text,
+        pipeline_stages=1,
         cache_dir="",
         **how,
     )

@@ -1,7 +1,8 @@
 """A training script as a user would write it, that goes on where it was stopped.
 
-``rhino launch -n 4 benchmarks/resumable.py FOLDER``: adam on a small network, a
-checkpoint every few steps, the loss of every step appended to ``FOLDER/losses.jsonl``.
+``rhino launch -n 4 benchmarks/resumable.py FOLDER [STAGES]``: adam on a small network,
+cut in pipeline stages where a number is given; a checkpoint every few steps, the loss
+of every step appended to ``FOLDER/losses.jsonl``.
 """
 
 from __future__ import annotations
@@ -54,10 +55,17 @@ def batch_of(step: int) -> np.ndarray:
     return rng.normal(size=(ROWS, WIDTH)).astype(np.float32)
 
 
-def main(folder: Path) -> None:
+def options(stages: int) -> dict[str, Any]:
+    """What is asked for: with stages, four microbatches."""
+    if not stages:
+        return {"recipe": "zero3", "cache_dir": ""}
+    return {"pipeline_stages": stages, "microbatches": 4, "cache_dir": ""}
+
+
+def main(folder: Path, stages: int = 0) -> None:
     rhino.initialize()
     count, rank = jax.process_count(), jax.process_index()
-    step_fun = rhino.auto_parallel(recipe="zero3", cache_dir="")(train_step)
+    step_fun = rhino.auto_parallel(**options(stages))(train_step)
     shapes = jax.eval_shape(init, jax.random.key(0))
     saved = rhino.saved_steps(folder / "checkpoints")
     if saved:
@@ -80,4 +88,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.extend as jex
 import numpy as np
-from jax._src import clusters, compiler, core
+from jax._src import array, clusters, compiler, core
 from jax._src import distributed as _distributed
 from jax._src import source_info_util as _source
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
@@ -131,6 +131,28 @@ def key_impl(dtype: Any) -> str:
     'threefry2x32'
     """
     return str(dtype._impl.name)
+
+
+def is_key(x: Any) -> bool:
+    """Whether ``x``, an array or the shape of one, holds random keys."""
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def dtype_named(name: str) -> Any:
+    """The dtype that ``str`` writes as ``name``, of keys too.
+
+    >>> dtype_named("key<fry>") == jax.random.key(0).dtype
+    True
+    """
+    if not name.startswith("key<"):
+        return jax.numpy.dtype(name)
+    return next(
+        found for found in map(jax.random.key_dtype, _KEYS) if str(found) == name
+    )
+
+
+_KEYS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
 def close(jaxpr: Any, consts: Sequence[Any]) -> Any:
@@ -366,6 +388,17 @@ def cudnn_traceable() -> Iterator[None]:
 
 
 # ---- several processes (runtime/) -------------------------------------------------
+
+
+def absent(
+    shape: tuple[int, ...], dtype: Any, weak: bool, where: jax.sharding.Sharding
+) -> jax.Array:
+    """An array of which this process holds nothing: all of it is on other devices."""
+    assert not where.addressable_devices, where
+    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        return jax.make_array_from_single_device_arrays(shape, where, [], dtype=dtype)
+    aval = core.ShapedArray(shape, np.dtype(dtype), weak_type=weak)
+    return array.ArrayImpl(aval, where, [], committed=True)
 
 
 @dataclass(frozen=True)

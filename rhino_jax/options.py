@@ -37,10 +37,12 @@ class Options:
             leaves it to the search (1 with a recipe).
         pipeline_stages: cut the step in this many pipeline stages, each on its share of
             the devices; ``mesh`` is then that of one share, or has a leading axis
-            "stage" (a ``jax.sharding.Mesh`` must). None is no pipeline, "auto" the
-            number (or none) that is predicted to be fastest. Layers in one scan are
-            divided by "gpipe" and "circular" alone: in equal stages of one program,
-            which several processes run as any other.
+            "stage" (a ``jax.sharding.Mesh`` must). 1 is no pipeline, "auto" the number
+            (or none) that is predicted to be fastest. None is no pipeline, unless a
+            step without one would wait for the network between hosts a good part of
+            its time (and no mesh, pins or recipe are given): then it is "auto". Layers
+            in one scan are divided by "gpipe" and "circular" alone: in equal stages of
+            one program, which several processes run as any other.
         schedule: in what order stages run microbatches: "1f1b", "gpipe", "eager_1f1b",
             "zero_bubble"; "interleaved" and "circular" run several stages on each share
             of the devices: two, or as many as is said ("interleaved:3").
@@ -125,9 +127,9 @@ class Options:
 
     @property
     def stages(self) -> int | None:
-        """How many pipeline stages are asked for; None where no number is."""
+        """How many pipeline stages are asked for; None where no pipeline is."""
         asked = self.pipeline_stages
-        return asked if isinstance(asked, int) else None
+        return asked if isinstance(asked, int) and asked > 1 else None
 
     @property
     def stages_per_worker(self) -> int:

@@ -16,15 +16,13 @@ import numpy as np
 
 from rhino_jax import compat
 from rhino_jax.api.cache import asked, sources
-from rhino_jax.api.planned import Planned, subject_of
+from rhino_jax.api.planned import Planned
 from rhino_jax.api.planning import bind, plan_traced
-from rhino_jax.api.staging import ways_to_cut
 from rhino_jax.api.where import cluster_of
-from rhino_jax.errors import OptionsError
+from rhino_jax.cluster.topology import part
 from rhino_jax.options import Options
 from rhino_jax.plan import Plan
 from rhino_jax.runtime.publish import Facts, Group, agreed, group_of
-from rhino_jax.search.staged import Uncut
 from rhino_jax.trace import Traced
 
 PACKAGES = ("rhino-jax", "jax", "jaxlib")
@@ -41,17 +39,11 @@ def plan_for_all(
     get the plan of the first.
 
     Raises:
-        OptionsError: a pipeline of several programs is asked for on several processes.
         ProcessError: a process has another program, package or option, or did not come.
     """
     group = group_here(options)
     if group is None:
         return _planned(traced, options, given)
-    if _stages_apart(traced, options, given):
-        raise OptionsError(
-            f"{name}: a pipeline runs on the devices of one process, and "
-            f"{len(group.ranks)} processes share this run; leave pipeline_stages out"
-        )
     here: list[Planned] = []
 
     def lead() -> str:
@@ -65,17 +57,8 @@ def plan_for_all(
         return here[0]
     planned = bind(Plan.from_json(answer, "the published plan"), traced, options)
     searched = given is None and not options.recipe
-    return replace(planned, cluster=cluster_of(options) if searched else None)
-
-
-def _stages_apart(traced: Traced, options: Options, given: Plan | None) -> bool:
-    """Whether pipeline stages are programs of their own, not parts of one."""
-    if given is not None:
-        return given.stages is not None
-    if options.pipeline_stages is None:
-        return False
-    cuts = ways_to_cut(subject_of(traced), options)
-    return isinstance(cuts, Uncut) or not cuts
+    share = part(cluster_of(options), planned.plan.num_workers) if searched else None
+    return replace(planned, cluster=share)
 
 
 def group_here(options: Options) -> Group | None:

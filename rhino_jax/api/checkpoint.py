@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rhino_jax import compat
-from rhino_jax.api.across import from_whole, is_key
+from rhino_jax.api.across import from_whole
 from rhino_jax.errors import CheckpointError, nearest, problems
 from rhino_jax.trace.arguments import few, join, keys, leaves_of
 
@@ -213,7 +213,7 @@ def _read(
 
 
 def _abstract(kind: Any, where: Any) -> jax.ShapeDtypeStruct:
-    if is_key(kind):
+    if compat.is_key(kind):
         bare = jax.ShapeDtypeStruct(kind.shape, kind.dtype)
         kind = jax.eval_shape(jax.random.key_data, bare)
     return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=where)
@@ -226,7 +226,7 @@ def _typed(x: Any, kind: Any, where: Any) -> jax.Array:
     """
     if x is None:
         return from_whole(np.zeros(kind.shape, kind.dtype), where)
-    if is_key(kind):
+    if compat.is_key(kind):
         return jax.random.wrap_key_data(x, impl=compat.key_impl(kind.dtype))
     found: jax.Array = compat.as_weak(x) if kind.weak_type else x
     return found
@@ -234,7 +234,7 @@ def _typed(x: Any, kind: Any, where: Any) -> jax.Array:
 
 def _plain(x: Any) -> Any:
     """``x`` as Orbax saves it from several processes: a global array, or NumPy's."""
-    if is_key(x):
+    if compat.is_key(x):
         x = jax.random.key_data(x)
     local = jax.process_count() > 1 and getattr(x, "is_fully_addressable", False)
     return x if isinstance(x, jax.Array) and not local else np.asarray(x)

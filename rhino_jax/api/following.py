@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from rhino_jax.errors import OptionsError
+import jax
+
 from rhino_jax.options import Options
 from rhino_jax.plan import Leaf, Plan
 from rhino_jax.trace import Traced
+
+ALL = "device"
+"""The axis over all devices of a pipeline."""
 
 
 def following(traced: Traced, plan: Plan, parent: Options, options: Options) -> Options:
@@ -19,15 +23,15 @@ def following(traced: Traced, plan: Plan, parent: Options, options: Options) -> 
         plan: what was planned for the step that is followed.
         parent: that step's options; its mesh and cluster are taken over.
 
-    Raises:
-        OptionsError: ``plan`` is a pipeline.
+    The state of a pipeline lies on several meshes: a step that follows one is planned
+    by itself, on all devices, and the state is brought there call by call.
     """
     if plan.stages is not None:
-        raise OptionsError(
-            f"{traced.program.name} can not follow {plan.program_name}, a pipeline of "
-            f"{plan.stages}: its state lies on several meshes. Decorate "
-            f"{traced.program.name} by itself and hand it jax.device_get(state)"
-        )
+        mesh = parent.mesh
+        if isinstance(mesh, jax.sharding.Mesh):
+            mesh = jax.sharding.Mesh(mesh.devices.reshape(-1), (ALL,))
+            options = replace(options, mesh=mesh)
+        return replace(options, cluster=options.cluster or parent.cluster)
     program = traced.program
     pins: dict[str, Any] = {}
     for path, v in zip(traced.input_paths, program.inputs, strict=False):

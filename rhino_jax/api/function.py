@@ -193,6 +193,9 @@ class ParallelFunction:
         """Committed arrays that lie elsewhere, moved; the first time with a notice."""
         from rhino_jax.api import placing
 
+        if self._parent is not None and self._parent._entries:
+            parent = self._parent._entries[0].planned.attached()
+            leaves = [parent.on_all_devices(x) for x in leaves]
         found, moved = placing.placed(entry, leaves)
         if moved and not self._noticed:
             self._noticed = True
@@ -342,7 +345,8 @@ class ParallelFunction:
         """
         from rhino_jax.api.across import fetched
 
-        return fetched(tree)
+        staged = [e.planned for e in self._entries if e.planned.plan.stages]
+        return fetched(tree, staged[0].attached().devices if staged else frozenset())
 
     def save(
         self, folder: str | Path, state: Any, step: int, keep: int | None = None
@@ -362,6 +366,8 @@ class ParallelFunction:
         from rhino_jax.api.checkpoint import save
 
         began(f"saving step {step} of {self.__name__}")
+        if self._entries:
+            state = self._entries[0].planned.attached().spread(state)
         save(folder, state, step, keep)
 
     def restore(
@@ -388,9 +394,9 @@ class ParallelFunction:
         known = self.planned(*args, **kwargs) if args or kwargs else None
         planned = (known or self._entries[0].planned).attached()
         began(f"restoring {self.__name__}")
-        homes, tree = jax.tree.flatten(planned.in_shardings[0][0])
+        homes, tree = jax.tree.flatten(planned.saved_shardings)
         kinds = planned.traced.avals[: len(homes)]
-        return restore(folder, step, tree, kinds, homes)
+        return planned.brought_back(restore(folder, step, tree, kinds, homes))
 
     def _put(self, method: str, tree: Any, hint: str, last: bool) -> Any:
         from rhino_jax.api import placing

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from rhino_jax import compat
+from rhino_jax.api.across import laid, ranks_of
 from rhino_jax.api.activations import activations
 from rhino_jax.api.attached import attached_cluster
 from rhino_jax.api.cache import folder_of
 from rhino_jax.api.passing import Passing
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.simulated import simulated
+from rhino_jax.api.spreading import Spreading
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.errors import VerifyError
+from rhino_jax.errors import CheckpointError, VerifyError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.pipeline.chunks import Chunks
 from rhino_jax.ir.spans import numbers
@@ -30,6 +33,7 @@ from rhino_jax.report.text import plan_text
 from rhino_jax.report.timeline import write_timeline
 from rhino_jax.runtime.build import task_graph
 from rhino_jax.runtime.controller import Controller, lowered
+from rhino_jax.runtime.crossing import devices_of, is_here
 from rhino_jax.runtime.tasks import TaskGraph
 from rhino_jax.schedule import Schedule, make_schedule
 from rhino_jax.search.staging import SPLIT, Divided
@@ -157,12 +161,84 @@ class PipelinePlanned(Planned):
         programs = self.programs
         homes = dict(zip(programs.inputs, programs.chunks.homes, strict=True))
         return [
-            programs.sharding(
+            self.shared.get(k)
+            or programs.sharding(
                 read.version,
                 read.source.stage if read.source else homes[read.version],
             )
-            for read in programs.chunks.outputs
+            for k, read in enumerate(programs.chunks.outputs)
         ]
+
+    @cached_property
+    def shared(self) -> Mapping[int, Any]:
+        """The outputs that lie on all workers: on several processes what is no state,
+        so that each has its metrics."""
+        if self.spreading is None:
+            return {}
+        state = {output for _, output in self.traced.state_pairs}
+        return {
+            k: NamedSharding(self.jax_mesh, self.programs.spec(read.version))
+            for k, read in enumerate(self.programs.chunks.outputs)
+            if k not in state
+        }
+
+    # ---- checkpoints --------------------------------------------------------------
+
+    @cached_property
+    def spreading(self) -> Spreading | None:
+        """How stages spread over several processes; None where there is only one."""
+        if isinstance(self.jax_mesh, AbstractMesh) or len(ranks_of(self.devices)) == 1:
+            return None
+        return Spreading(self.jax_mesh)
+
+    @property
+    def saved_shardings(self) -> Any:
+        """See :attr:`Planned.saved_shardings`."""
+        homes, tree = jax.tree.flatten(self.in_shardings[0][0])
+        if self.spreading is None:
+            return self.in_shardings[0][0]
+        pairs = zip(self.traced.avals, homes, strict=False)
+        wide = [self.spreading.sharding(aval.shape, home) for aval, home in pairs]
+        return jax.tree.unflatten(tree, wide)
+
+    def spread(self, state: Any) -> Any:
+        """See :meth:`Planned.spread`.
+
+        Raises:
+            CheckpointError: it is not the planned state where the plan has it.
+        """
+        spreading, homes = self.spreading, self.in_shardings[0][0]
+        if spreading is None:
+            return state
+        structure: Any = jax.tree.structure(homes)
+        if jax.tree.structure(state) != structure or any(
+            not isinstance(x, jax.Array) or x.sharding != home
+            for x, home in zip(*map(jax.tree.leaves, (state, homes)), strict=True)
+        ):
+            raise CheckpointError(
+                f"a pipeline on several processes saves the state of "
+                f"{self.traced.program.name} as it returns it; place(state) first"
+            )
+        return jax.tree.map(spreading.spread, state, homes)
+
+    def brought_back(self, state: Any) -> Any:
+        """See :meth:`Planned.brought_back`."""
+        if self.spreading is None:
+            return state
+        return jax.tree.map(self.spreading.back, state, self.in_shardings[0][0])
+
+    def on_all_devices(self, x: Any) -> Any:
+        """See :meth:`Planned.on_all_devices`; on several processes all call."""
+        if self.spreading is None or not isinstance(x, jax.Array):
+            return x
+        return self.spreading.spread(x, x.sharding) if x.sharding in self.homes else x
+
+    @cached_property
+    def homes(self) -> frozenset[Any]:
+        """The shardings of the leaves of stages."""
+        return frozenset(self.input_shardings)
+
+    # ---- creating -----------------------------------------------------------------
 
     def create(self, init_fn: Callable[..., Any], given: Sequence[Any]) -> Any:
         """What ``init_fn`` returns, the part of every worker made on its devices."""
@@ -173,20 +249,26 @@ class PipelinePlanned(Planned):
         for i, one in enumerate(where):
             devices = tuple(sorted(d.id for d in one.device_set))
             workers.setdefault(devices, []).append(i)
+        avals = jax.tree.leaves(shapes)
         leaves: list[Any] = [None] * len(where)
         for mine in workers.values():
+            home = where[mine[0]]
+            if not home.addressable_devices:
+                for i in mine:
+                    x = avals[i]
+                    leaves[i] = compat.absent(x.shape, x.dtype, x.weak_type, where[i])
+                continue
 
             def part(*args: Any, mine: Sequence[int] = tuple(mine)) -> list[Any]:
                 made = jax.tree.leaves(init_fn(*args))
                 return [made[i] for i in mine]
 
-            home = where[mine[0]]
             everywhere = (
-                jax.sharding.NamedSharding(home.mesh, PartitionSpec())
-                if isinstance(home, jax.sharding.NamedSharding)
+                NamedSharding(home.mesh, PartitionSpec())
+                if isinstance(home, NamedSharding)
                 else home
             )
-            args = jax.device_put(tuple(given), everywhere)
+            args = jax.tree.map(lambda x, to=everywhere: laid(x, to), tuple(given))
             made = jax.jit(part, out_shardings=[where[i] for i in mine])(*args)
             for i, x in zip(mine, made, strict=True):
                 leaves[i] = x
@@ -201,7 +283,9 @@ class PipelinePlanned(Planned):
         tree: Any
         order, tree = jax.tree.flatten(passing.call(*args))
         place = {i: k for k, i in enumerate(order)}
-        controller = Controller(self.graph, self.programs, traced.donated)
+        controller = Controller(
+            self.graph, self.programs, traced.donated, enter=laid, shared=self.shared
+        )
 
         def step(donated: Any, others: Any, constants: Any) -> Any:
             given, found = jax.tree.flatten((donated, others))
@@ -220,12 +304,21 @@ class PipelinePlanned(Planned):
         Args:
             platform: as :meth:`Planned.lower`'s.
         """
-        real = [*self.traced.avals, *(jax.typeof(c) for c in self.traced.constants)]
-        return lowered(self.graph, self.programs, real, platform or self.platform)
+        return self._lowered(range(self.stages.num_workers), platform)
 
     def compile(self) -> Any:
-        """The compiled programs of all stages."""
-        return [one.compile() for one in self.lower()]
+        """The compiled programs of all stages that this process has a device of."""
+        here = [
+            worker
+            for worker, mesh in enumerate(self.programs.meshes)
+            if any(map(is_here, devices_of(mesh)))
+        ]
+        return [one.compile() for one in self._lowered(here)]
+
+    def _lowered(self, workers: Collection[int], platform: str = "") -> Any:
+        real = [*self.traced.avals, *(jax.typeof(c) for c in self.traced.constants)]
+        platform = platform or self.platform
+        return lowered(self.graph, self.programs, real, platform, workers)
 
     def compile_only(self, target: str = "", **options: Any) -> CompiledFacts:
         raise VerifyError(

@@ -146,22 +146,22 @@ def put(
     structure: Any = jax.tree.structure(tree)
     known: list[str] = []
     for entry in entries:
-        args, kwargs = entry.planned.in_shardings
-        numbers = jax.tree.unflatten(
-            entry.planned.traced.in_tree, range(entry.planned.traced.num_inputs)
-        )
+        planned = entry.planned.attached()
+        traced, devices = planned.traced, planned.devices
+        args, kwargs = planned.in_shardings
+        numbers = jax.tree.unflatten(traced.in_tree, range(traced.num_inputs))
         given = list(zip((*args, *kwargs.values()), _arguments(numbers), strict=True))
         for where, places in reversed(given) if last else given:
             if jax.tree.structure(where) != structure:
                 known.append(str(jax.tree.structure(where)))
                 continue
-            paths = [entry.planned.traced.input_paths[i] for i in places]
-            kinds = [entry.planned.traced.avals[i] for i in places]
+            paths = [traced.input_paths[i] for i in places]
+            kinds = [traced.avals[i] for i in places]
             homes = jax.tree.leaves(where)
-            wrong = _misfits(paths, kinds, homes, leaves, last)
+            wrong = _misfits(paths, kinds, leaves, devices if last else frozenset())
             if not wrong:
                 fits = zip(leaves, kinds, homes, strict=True)
-                laid = [_put(x, aval.shape, home) for x, aval, home in fits]
+                laid = [_put(x, aval.shape, home, devices) for x, aval, home in fits]
                 return jax.tree.unflatten(structure, laid)
             known += wrong
     raise SignatureError(
@@ -181,25 +181,27 @@ def _arguments(numbers: Any) -> list[list[int]]:
 def _misfits(
     paths: Sequence[str],
     kinds: Sequence[Any],
-    homes: Sequence[Any],
     leaves: Sequence[Any],
-    in_rows: bool,
+    devices: frozenset[Any],
 ) -> list[str]:
-    """Leaves of other shapes than planned; a process may hold its rows of a batch."""
+    """Leaves of other shapes than planned; a process may hold its rows of a batch
+    that the processes of ``devices`` share."""
     found = []
-    for path, aval, home, leaf in zip(paths, kinds, homes, leaves, strict=True):
-        rows = rows_of(aval.shape, home) if in_rows else aval.shape
+    for path, aval, leaf in zip(paths, kinds, leaves, strict=True):
+        rows = rows_of(aval.shape, devices) if devices else aval.shape
         if np.shape(leaf) not in (rows, aval.shape):
             own = "" if rows == aval.shape else f" (this process's rows {rows})"
             found.append(f"{path} of shape {aval.shape}{own}, given {np.shape(leaf)}")
     return found
 
 
-def _put(x: Any, shape: tuple[int, ...], where: Any) -> jax.Array:
+def _put(
+    x: Any, shape: tuple[int, ...], where: Any, devices: frozenset[Any]
+) -> jax.Array:
     if concrete(x) and x.committed and x.sharding.is_equivalent_to(where, x.ndim):
         return x
     if np.shape(x) != shape:
-        return from_rows(x, shape, where)
+        return from_rows(x, shape, where, devices)
     return _copied_to(x, where)
 
 

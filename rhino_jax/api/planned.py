@@ -129,6 +129,13 @@ class Planned:
         return replace(self, jax_mesh=device_mesh(self.plan.whole_mesh))
 
     @cached_property
+    def devices(self) -> frozenset[Any]:
+        """The devices that it runs on."""
+        if self.jax_mesh is None:
+            return frozenset(jax.devices()[:1])
+        return frozenset(self.jax_mesh.devices.flat)
+
+    @cached_property
     def in_shardings(self) -> Any:
         """``(args, kwargs)`` with a sharding for every array."""
         count = self.traced.num_inputs
@@ -155,6 +162,23 @@ class Planned:
         if not self.plan.mesh.axes:
             return jax.jit(init_fn)(*given)
         return jax.jit(init_fn, out_shardings=self.in_shardings[0][0])(*given)
+
+    @property
+    def saved_shardings(self) -> Any:
+        """How the state lies on its way to and from a checkpoint."""
+        return self.in_shardings[0][0]
+
+    def spread(self, state: Any) -> Any:
+        """``state`` as :attr:`saved_shardings` say; on several processes all call."""
+        return state
+
+    def brought_back(self, state: Any) -> Any:
+        """The inverse of :meth:`spread`."""
+        return state
+
+    def on_all_devices(self, x: Any) -> Any:
+        """A leaf of the state as it can be laid anew on all of the plan's devices."""
+        return x
 
     def shardings(self, layouts: Sequence[Layout]) -> Sequence[Any]:
         """Layouts as JAX's shardings on this plan's devices."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +16,7 @@ from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.staging import (
     microbatches_of,
+    network_bound,
     predicted_of,
     stage_counts,
     stages_of,
@@ -151,41 +152,67 @@ def _check_lowering(traced: Traced, options: Options) -> None:
 
 def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     """By a search; by several, where stages or their microbatches are left to it."""
-    ways = list(_ways(subject_of(traced), options, cluster))
-    if len(ways) == 1:
-        return _by_search(traced, ways[0][1], cluster)
+    unasked = options.pipeline_stages is None
+    subject = subject_of(traced)
     found: list[tuple[float, Planned]] = []
     said: list[str] = []
-    alone: RhinoError | None = None
-    for name, way in ways:
-        try:
-            one = _by_search(traced, way, cluster)
-        except (InfeasibleError, MeshError) as error:
-            alone = alone or error
-            said.append(f"{name} can not be")
-            continue
-        assert one.predicted is not None
-        seconds = one.predicted.step_seconds
-        said.append(f"{name} {seconds * 1e3:.2f} ms")
-        found.append((seconds, one))
+    failed: RhinoError | None = None
+    for stages in _stage_counts(options, cluster):
+        before = min(found, key=_first)[0] if found else math.inf
+        for name, way in _ways(subject, options, stages):
+            try:
+                one = _by_search(traced, way, cluster)
+            except (InfeasibleError, MeshError) as error:
+                failed = failed or error
+                said.append(f"{name} can not be")
+                continue
+            assert one.predicted is not None
+            if unasked and stages is None and not _open(one.predicted, way, cluster):
+                return one
+            seconds = one.predicted.step_seconds
+            said.append(f"{name} {seconds * 1e3:.2f} ms")
+            found.append((seconds, one))
+        if unasked and (not found or min(found, key=_first)[0] >= before):
+            break  # nothing without stages; or more stages idle longer
     if not found:
-        assert alone is not None
-        raise alone
-    _, best = min(found, key=lambda way: way[0])
+        assert failed is not None
+        raise failed
+    _, best = min(found, key=_first)
+    if len(said) == 1:
+        return best
     note = f"pipelines compared by prediction: {', '.join(said)}"
     return replace(best, plan=replace(best.plan, notes=(*best.plan.notes, note)))
 
 
+def _first(way: tuple[float, Planned]) -> float:
+    return way[0]
+
+
+def _open(alone: Predicted, options: Options, cluster: Cluster) -> bool:
+    """Whether pipelines compete unasked with the plan without one: where most of its
+    time goes to a network, which they could spare."""
+    given = options.mesh is not None or options.pins or options.lowering != "manual"
+    return not given and network_bound(alone, cluster)
+
+
+def _stage_counts(options: Options, cluster: Cluster) -> Iterator[int | None]:
+    """Numbers of stages that are compared; None is no pipeline."""
+    if options.pipeline_stages not in (None, AUTO):
+        yield options.stages
+        return
+    yield None
+    yield from stage_counts(cluster, options)
+
+
 def _ways(
-    subject: Subject, options: Options, cluster: Cluster
+    subject: Subject, options: Options, stages: int | None
 ) -> Iterator[tuple[str, Options]]:
-    """The pipelines that are compared, each by name: of any number of stages where that
-    is left open; scanned layers in one program, with several numbers of microbatches.
-    """
-    auto = options.pipeline_stages == AUTO
-    schedules = dict.fromkeys((options.schedule, *(("gpipe",) if auto else ())))
-    counts = (None, *stage_counts(cluster, options)) if auto else (options.stages,)
-    for stages, schedule in itertools.product(counts, schedules):
+    """The pipelines of so many stages that are compared, each by name: scanned layers
+    in one program, with several numbers of microbatches; or stages of any kind."""
+    schedules = [options.schedule]
+    if options.pipeline_stages in (None, AUTO) and options.schedule != "gpipe":
+        schedules.append("gpipe")
+    for schedule in schedules:
         way = replace(options, pipeline_stages=stages, schedule=schedule)
         cuts = ways_to_cut(subject, way)
         if isinstance(cuts, tuple) and cuts:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from rhino_jax.api.pipelined import chunks_of, graph_of, schedule_of
 from rhino_jax.api.simulated import simulated
-from rhino_jax.cluster.topology import Cluster, between_parts, part
+from rhino_jax.cluster.topology import NETWORK, Cluster, between_parts, part
 from rhino_jax.cost.stretches import op_seconds
 from rhino_jax.errors import InfeasibleError, MeshError, OptionsError
 from rhino_jax.ir.assignment import Assignment
@@ -27,6 +27,18 @@ from rhino_jax.search.timing import Refusal, timing
 
 WORKERS = (2, 4, 8, 16)
 """Into how many shares of devices a pipeline is tried to be divided."""
+
+
+def network_bound(alone: Predicted, cluster: Cluster) -> bool:
+    """Whether a plan without a pipeline waits for a network so long that one may win.
+
+    A pipeline sends activations between hosts in place of gradients, and idles while
+    it fills: an eighth of its arithmetic at least, two workers fed with eight
+    microbatches. Twice that must be there to win for planning it to be worth the time.
+    Simulated devices share one machine's cores, whatever they send.
+    """
+    far = between_parts(cluster).kind == NETWORK and cluster.device.platform != "cpu"
+    return far and alone.comm_seconds > alone.compute_seconds / 4
 
 
 def workers_of(options: Options) -> int:

@@ -229,7 +229,7 @@ class _Building:
         for target, sent in sorted(by_target.items()):
             takes = tuple(self.numbers[(source, v, turn), worker] for v in sent)
             gives = tuple(self._slot((source, v, turn), target) for v in sent)
-            self.tasks.append(Send(worker, target, takes, gives))
+            self.tasks.append(Send(worker, target, takes, gives, turn))
 
 
 def _last_uses(graph: TaskGraph) -> dict[int, int]:

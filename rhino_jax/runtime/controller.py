@@ -1,22 +1,31 @@
-"""One process that drives all its workers: it hands out tasks and waits for none.
+"""One process that drives its workers: it hands out their tasks and waits for none.
 
 JAX dispatches asynchronously: a task is handed to its devices as soon as what it takes
 has been, and runs when that is there. Arrays are let go by dropping them; their memory
 is free when the last task that reads them has run.
+
+Of several processes each runs the tasks of those workers that it has a device of, all
+in the one order of the task graph; what goes from process to process is entered by both
+at its place in that order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
+from rhino_jax import compat
 from rhino_jax.ir.pipeline.chunks import Key
+from rhino_jax.ir.pipeline.flow import Version
 from rhino_jax.lower.pipeline.program import StagePrograms
 from rhino_jax.lower.program import SignatureChanged
+from rhino_jax.runtime.crossing import Crossing, Turns, devices_of, is_here
+from rhino_jax.runtime.finding import first_fault
+from rhino_jax.runtime.status import began, this_status
 from rhino_jax.runtime.tasks import Run, Send, Task, TaskGraph
 
 Programs = Mapping[tuple[Key, bool], Any]
@@ -39,9 +48,13 @@ def programs_of(graph: TaskGraph, stages: StagePrograms) -> Programs:
 
 
 def lowered(
-    graph: TaskGraph, stages: StagePrograms, avals: Sequence[Any], platform: str
+    graph: TaskGraph,
+    stages: StagePrograms,
+    avals: Sequence[Any],
+    platform: str,
+    workers: Collection[int],
 ) -> list[jax.stages.Lowered]:
-    """Every program lowered, in an order in which they can run.
+    """Every program of ``workers`` lowered, in an order in which they can run.
 
     Args:
         avals: of the step's inputs.
@@ -73,7 +86,8 @@ def lowered(
                 done[name] = traced.lower(lowering_platforms=on)
             for slot, out in zip(task.gives, done[name].out_info, strict=True):
                 put(slot, out, task.worker)
-    return list(done.values())
+    owner = stages.worker_of
+    return [one for (key, _), one in done.items() if owner[key.stage] in workers]
 
 
 def _arguments(task: Run, held: Any) -> list[Any]:
@@ -86,9 +100,10 @@ def _arguments(task: Run, held: Any) -> list[Any]:
 class Controller:
     """Carries out the tasks of a step, again and again.
 
-    ``donated`` are positions of inputs that are gone after a call. ``watch`` is told of
-    every task once it is handed out; ``transfer`` lays arrays out anew, as
-    ``jax.device_put`` does.
+    ``donated`` are positions of inputs that are gone after a call. ``shared`` are the
+    outputs that every worker gets, and how each lies on all of them. ``watch`` is told
+    of every task once it is handed out; ``transfer`` lays arrays out anew within this
+    process, as ``jax.device_put`` does, and ``enter`` one that comes from outside.
     """
 
     graph: TaskGraph
@@ -96,34 +111,51 @@ class Controller:
     donated: Collection[int] = ()
     watch: Callable[[Task], None] | None = None
     transfer: Callable[[Any, Any], Any] = jax.device_put
-    turns: dict[tuple[int, int], jax.Array] = field(default_factory=dict)
+    enter: Callable[[Any, Any], jax.Array] = jax.device_put
+    shared: Mapping[int, Any] = field(default_factory=dict)
+    numbers: dict[tuple[int, int], jax.Array] = field(default_factory=dict)
+    calls: int = 0
 
     def __post_init__(self) -> None:
-        slots = self.graph.slots
-        self.programs = programs_of(self.graph, self.stages)
-        program, layouts = self.stages.program, self.stages.assignment.inputs
+        slots, stages = self.graph.slots, self.stages
+        self.programs = programs_of(self.graph, stages)
         self.homes = tuple(
-            self.stages.sharding((value, layout), stage)
-            for value, layout, stage in zip(
-                program.inputs, layouts, self.stages.chunks.homes, strict=True
-            )
+            stages.sharding(version, stage)
+            for version, stage in zip(stages.inputs, stages.chunks.homes, strict=True)
         )
         # Two outputs are two arrays: either may be given away.
         first = {slot: k for k, slot in reversed(list(enumerate(self.graph.outputs)))}
         self.repeated = [k != first[s] for k, s in enumerate(self.graph.outputs)]
         self.given_away = {self.graph.inputs[i] for i in self.donated}
-        self.shapes = tuple(program.values[v].shape for v in program.inputs)
-        self.dtypes = tuple(program.values[v].dtype for v in program.inputs)
+        values = stages.program.values
+        self.shapes = tuple(values[v].shape for v in stages.program.inputs)
+        self.dtypes = tuple(values[v].dtype for v in stages.program.inputs)
+        self.devices = [devices_of(where) for where in stages.meshes]
+        platforms = {d.platform for devices in self.devices for d in devices}
+        self.turns = Turns("cpu" in platforms)
+        self.split = [len({d.process_index for d in ds}) > 1 for ds in self.devices]
+        self.here = [any(map(is_here, devices)) for devices in self.devices]
+        self.tasks = [
+            (number, task)
+            for number, task in enumerate(self.graph.tasks)
+            if self.here[task.worker]
+            or (isinstance(task, Send) and self.here[task.target])
+        ]
         self.targets = {
             number: [
-                self.stages.sharding(
-                    slots[s].version, self.stages.worker_of.index(task.target)
-                )
+                stages.sharding(slots[s].version, stages.worker_of.index(task.target))
                 for s in task.gives
             ]
-            for number, task in enumerate(self.graph.tasks)
+            for number, task in self.tasks
             if isinstance(task, Send)
         }
+        pairs = {(t.worker, t.target) for _, t in self.tasks if isinstance(t, Send)}
+        self.crossings = {
+            pair: Crossing(tuple(self.devices[worker] for worker in pair), self.turns)
+            for pair in pairs
+            if not all(is_here(d) for worker in pair for d in self.devices[worker])
+        }
+        self.shares = list(self._shares())
 
     def __call__(self, leaves: Sequence[Any]) -> list[jax.Array]:
         """The step's flat results from its flat arguments, constants last.
@@ -131,12 +163,13 @@ class Controller:
         Raises:
             SignatureChanged: an argument is of another shape or dtype than planned.
         """
+        self.calls += 1
         held: list[Any] = [None] * len(self.graph.slots)
         for position, (slot, x) in enumerate(
             zip(self.graph.inputs, leaves, strict=True)
         ):
             held[slot] = self._entered(position, x)
-        for number, task in enumerate(self.graph.tasks):
+        for number, task in self.tasks:
             if isinstance(task, Run):
                 self._run(task, held)
             elif isinstance(task, Send):
@@ -148,42 +181,101 @@ class Controller:
                     held[slot] = None
             if self.watch is not None:
                 self.watch(task)
-        outs = [
-            held[slot].copy() if again else held[slot]
-            for slot, again in zip(self.graph.outputs, self.repeated, strict=True)
-        ]
+        outs = self._outputs(held)
         self._delete(leaves, outs)
+        self.turns.end()
         return outs
 
     def _send(self, number: int, task: Send, held: list[Any]) -> None:
         # Never donated: JAX 0.10 ends the process over a donated array that goes to
         # other devices.
         sent = [held[s] for s in task.takes]
-        arrived = self.transfer(sent, self.targets[number])
+        crossing = self.crossings.get((task.worker, task.target))
+        if crossing is None:
+            arrived = self.transfer(sent, self.targets[number])
+        else:
+            self._tell(task)
+            kinds = [self._kind(self.graph.slots[s].version) for s in task.takes]
+            arrived = crossing.carried(sent, kinds, self.targets[number])
         for slot, x in zip(task.gives, arrived, strict=True):
             held[slot] = x
 
+    def _kind(self, version: Version) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a version as it is handed over."""
+        dtype = compat.dtype_named(self.stages.program.values[version[0]].dtype)
+        return jax.ShapeDtypeStruct(self.stages.shape(version), dtype)
+
+    def _outputs(self, held: Sequence[Any]) -> list[jax.Array]:
+        """The step's results: those that are shared come from all workers."""
+        slots, outputs = self.graph.slots, self.graph.outputs
+        found: dict[int, jax.Array] = {}
+        for crossing, some in self.shares:
+            arrived = crossing.carried(
+                [held[outputs[k]] for k in some],
+                [self._kind(slots[outputs[k]].version) for k in some],
+                [self.shared[k] for k in some],
+            )
+            found |= zip(some, arrived, strict=True)
+        for k, slot in enumerate(outputs):
+            if k not in found:
+                x = held[slot] if self.here[slots[slot].worker] else self._absent(k)
+                found[k] = x.copy() if self.repeated[k] else x
+        return [found[k] for k in range(len(outputs))]
+
+    def _shares(self) -> Iterator[tuple[Crossing, list[int]]]:
+        """From each worker to all others, and the shared outputs that go so."""
+        owner = [self.graph.slots[slot].worker for slot in self.graph.outputs]
+        for worker in sorted({owner[k] for k in self.shared}):
+            others = [d for w, d in enumerate(self.devices) if w != worker]
+            rows = (self.devices[worker], *others)
+            some = [k for k in self.shared if owner[k] == worker]
+            yield Crossing(rows, self.turns, to_all=True), some
+
+    def _absent(self, output: int) -> jax.Array:
+        """A result that lies on devices of other processes."""
+        slot = self.graph.slots[self.graph.outputs[output]]
+        value = self.stages.program.values[slot.version[0]]
+        stage = self.stages.worker_of.index(slot.worker)
+        where = self.stages.sharding(slot.version, stage)
+        dtype = compat.dtype_named(value.dtype)
+        return compat.absent(value.shape, dtype, value.weak, where)
+
+    def _tell(self, task: Task) -> None:
+        """Leave word of what is handed out, in case this process ends over it."""
+        if this_status() is not None:
+            name = self.stages.program.name
+            began(f"{name}, call {self.calls}: {task}")
+
     def _run(self, task: Run, held: list[Any]) -> None:
+        self._tell(task)
         args = _arguments(task, held)
         if task.microbatch is not None:
-            args.insert(0, self._turn(task.microbatch, task.key.stage))
+            args.insert(0, self._number(task.microbatch, task.key.stage))
         for slot in task.donates:
             held[slot] = None
         try:
-            outs = self.programs[task.key, task.start](*args)
+            program = self.programs[task.key, task.start]
+            outs = (
+                self.turns.enter(program, args)
+                if self.split[task.worker]
+                else program(*args)
+            )
         except Exception as error:
-            error.add_note(f"in {task} of {self.stages.program.name}")
+            at = ""
+            if isinstance(error, FloatingPointError) and not self.split[task.worker]:
+                at = first_fault(self.stages, task, args)
+            error.add_note(f"in {task} of {self.stages.program.name}{at}")
             raise
         for slot, x in zip(task.gives, outs, strict=True):
             held[slot] = x
 
-    def _turn(self, number: int, stage: int) -> jax.Array:
+    def _number(self, number: int, stage: int) -> jax.Array:
         """A microbatch's number on the devices of a stage."""
         worker = self.stages.worker_of[stage]
-        if (number, worker) not in self.turns:
+        if (number, worker) not in self.numbers:
             where = self.stages.placed(jax.sharding.PartitionSpec(), stage)
-            self.turns[number, worker] = jax.device_put(np.int32(number), where)
-        return self.turns[number, worker]
+            self.numbers[number, worker] = self.enter(np.int32(number), where)
+        return self.numbers[number, worker]
 
     def _entered(self, position: int, x: Any) -> jax.Array:
         """An argument on the devices where it lives."""
@@ -201,7 +293,7 @@ class Controller:
                 return x
             if position in self.donated:
                 x = x.copy()  # device_put may keep the buffer, which will be given away
-        return jax.device_put(x, home)
+        return self.enter(x, home)
 
     def _delete(self, leaves: Sequence[Any], outs: Sequence[jax.Array]) -> None:
         """Donated arguments are gone, whether or not their memory could be used."""

@@ -62,6 +62,11 @@ class Send:
     target: int
     takes: Slots
     gives: Slots
+    microbatch: int | None = None
+
+    def __str__(self) -> str:
+        part = "" if self.microbatch is None else f", microbatch {self.microbatch}"
+        return f"what worker {self.worker} sends to worker {self.target}{part}"
 
 
 @dataclass(frozen=True)

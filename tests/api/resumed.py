@@ -1,7 +1,7 @@
 """A step whose state has all sorts of leaves; as a program, a run that goes on.
 
-``python -m tests.api.resumed FOLDER``: restores, prints three losses, fails to save
-for want of space, and prints why.
+``python -m tests.api.resumed FOLDER``: restores and prints three losses, the same as a
+pipeline, fails to save for want of space, and prints why.
 """
 
 from __future__ import annotations
@@ -57,10 +57,16 @@ def train_step(state: Any, x: Any) -> Any:
     return {**state, **new}, loss
 
 
-def make(count: int = 8, recipe: str = "zero3") -> Any:
-    devices = np.array(jax.devices()[:count])
-    mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
-    return rhino.auto_parallel(mesh=mesh, recipe=recipe, cache_dir="")(train_step)
+def make(count: int = 8, recipe: str = "zero3", stages: int = 0) -> Any:
+    """The step on the first devices, as a pipeline where there are stages."""
+    devices = np.array(jax.devices()[:count], object)
+    options: dict[str, Any] = {"recipe": recipe, "cache_dir": ""}
+    if stages:
+        mesh = Mesh(devices.reshape(stages, -1), ("stage", "data"))
+        options |= {"pipeline_stages": stages, "microbatches": 1}
+    else:
+        mesh = Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+    return rhino.auto_parallel(mesh=mesh, **options)(train_step)
 
 
 def losses(step: Any, state: Any, count: int) -> tuple[list[float], Any]:
@@ -72,9 +78,11 @@ def losses(step: Any, state: Any, count: int) -> tuple[list[float], Any]:
 
 
 def main(folder: str) -> None:
+    shapes = jax.eval_shape(init, jax.random.key(0))
     step = make(16)
-    state = step.restore(folder, jax.eval_shape(init, jax.random.key(0)), X)
-    found, state = losses(step, state, 3)
+    found, state = losses(step, step.restore(folder, shapes, X), 3)
+    piped = make(16, stages=2)
+    found += losses(piped, piped.restore(folder, shapes, X), 3)[0]
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
     try:

@@ -22,16 +22,26 @@ from tests.api.resumed import EMPTY_LEAVES, Slots, X, init, losses, make
 
 
 @pytest.mark.parametrize(
-    ("count", "recipe"), [(8, "zero3"), (4, "zero3"), (2, "megatron"), (1, "zero3")]
+    ("first", "then"),
+    [
+        ((8, "zero3"), (8, "zero3")),
+        ((8, "zero3"), (4, "zero3")),
+        ((8, "zero3"), (2, "megatron")),
+        ((8, "zero3"), (1, "zero3")),
+        ((8, "zero3"), (8, "data_parallel", 2)),
+        ((8, "zero3", 2), (4, "zero3", 2)),
+        ((8, "zero3", 2), (4, "zero3")),
+    ],
 )
 def test_another_plan_goes_on_with_the_same_losses(
-    count: int, recipe: str, tmp_path: Path
+    first: tuple[Any, ...], then: tuple[Any, ...], tmp_path: Path
 ) -> None:
-    step = make()
+    """Fewer devices, another recipe, pipelines from and to none."""
+    step = make(*first)
     _, state = losses(step, step.init(init, jax.random.key(0), X), 2)
     step.save(tmp_path, state, 2)
     expected, _ = losses(step, state, 3)
-    other = make(count, recipe)
+    other = make(*then)
     shapes = jax.eval_shape(init, jax.random.key(0))
     state = other.restore(tmp_path, shapes, X)
     assert (
@@ -114,7 +124,7 @@ def test_16_devices_go_on_and_a_full_disk_leaves_the_old_one(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     found, told = done.stdout.split("|")
-    np.testing.assert_allclose(json.loads(found), expected, rtol=1e-6)
+    np.testing.assert_allclose(json.loads(found), expected * 2, rtol=1e-6)
     assert "File too large" in told and "that are whole: 2." in told
     assert rhino.saved_steps(tmp_path) == (2,)
     jax.tree.map(same, state, step.restore(tmp_path))

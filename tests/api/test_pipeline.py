@@ -402,13 +402,17 @@ def _flat_mesh() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices(), object), ("data",))
 
 
-def test_a_pipeline_is_not_followed() -> None:
+def test_a_pipeline_is_followed_by_a_step_on_all_devices() -> None:
     step, state, batch = STEPS["towers"]()
     piped = rhino.auto_parallel(pipeline_stages=2, **WORKERS)(step)
-    piped.planned(state, batch)
+    held = piped.place(state, batch)
     evaluate = rhino.follow(piped, lambda state, batch: step(state, batch)[1])
-    with pytest.raises(errors.OptionsError, match="by itself"):
-        evaluate(state, batch)
+    with pytest.warns(UserWarning, match="moved"):
+        found = evaluate(held, batch)
+    wanted = jax.jit(step)(state, batch)[1]
+    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)
+    np.testing.assert_allclose(evaluate(held, batch)["loss"], found["loss"], rtol=1e-6)
+    assert len(found["loss"].sharding.device_set) == 8
 
 
 def test_an_error_names_the_stage_and_the_microbatch() -> None:
@@ -431,3 +435,25 @@ def test_an_error_names_the_stage_and_the_microbatch() -> None:
     (note,) = caught.value.__notes__
     assert "backward half of stage 1" in note
     assert "microbatch 0" in note
+
+
+def test_what_is_no_number_names_the_line_that_made_it() -> None:
+    def step(params: Any, x: Any) -> Any:
+        def loss_of(params: Any) -> Any:
+            hidden = jnp.tanh(jnp.tanh(x @ params[0]) @ params[1])
+            hidden = jnp.tanh(hidden @ params[2])
+            return jnp.mean(jnp.log(hidden - 2) @ params[3])  # of less than nothing
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        return jax.tree.map(lambda p, g: p - g, params, grads), loss
+
+    rng = np.random.default_rng(0)
+    params = [rng.normal(size=(8, 8)).astype(np.float32) for _ in range(4)]
+    x = rng.normal(size=(16, 8)).astype(np.float32)
+    piped = rhino.auto_parallel(pipeline_stages=2, **WORKERS)(step)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError) as caught:
+        piped(params, x)
+    notes = " ".join(caught.value.__notes__)
+    assert "forward half of stage 1 on worker 1, microbatch 0 of step" in notes
+    line = step.__code__.co_firstlineno + 4
+    assert f"first made by log at test_pipeline.py:{line}" in notes

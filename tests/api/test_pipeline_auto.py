@@ -22,13 +22,9 @@ def shapes(width: int, rows: int) -> tuple[Any, Any]:
     return [layer] * 8, {"x": array(rows, width), "y": array(rows, width)}
 
 
-def planned(cluster: str) -> rhino.Planned:
+def planned(cluster: str, **options: Any) -> rhino.Planned:
     found: rhino.Planned = rhino.plan(
-        train_step,
-        *shapes(2048, 8192),
-        cluster=cluster,
-        pipeline_stages="auto",
-        cache_dir="",
+        train_step, *shapes(2048, 8192), cluster=cluster, cache_dir="", **options
     )
     return found
 
@@ -40,19 +36,23 @@ def seconds(planned: rhino.Planned) -> float:
 
 def test_a_pipeline_where_hosts_are_far_apart() -> None:
     """Every host has one GPU: weights' gradients cross the network, or activations."""
-    found = planned("t4:4x1")
+    found = planned("t4:4x1")  # nothing is asked for
     assert found.plan.stages is not None and found.plan.stages.num_workers > 1
     (note,) = (n for n in found.plan.notes if n.startswith("pipelines compared"))
     assert "no pipeline" in note and "2 stages" in note and "4 stages" in note
-    alone = rhino.plan(train_step, *shapes(2048, 8192), cluster="t4:4x1", cache_dir="")
+    alone = planned("t4:4x1", pipeline_stages=1)
+    assert alone.plan.stages is None
     assert seconds(found) < seconds(alone)
     assert note in " ".join(str(found).split())
 
 
 def test_none_on_one_fast_host() -> None:
-    found = planned("h100:1x4")
+    found = planned("h100:1x4", pipeline_stages="auto")
     assert found.plan.stages is None
     assert any("2 stages" in note for note in found.plan.notes)
+    unasked = planned("h100:1x4")
+    assert unasked.plan.stages is None
+    assert not any("pipelines" in note for note in unasked.plan.notes)
 
 
 def test_what_is_chosen_runs_and_is_equal() -> None:

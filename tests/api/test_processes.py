@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,12 +61,18 @@ def test_two_processes_are_the_undecorated_step(tmp_path: Path) -> None:
 
 
 def test_killed_processes_end_the_job_and_it_goes_on(tmp_path: Path) -> None:
-    """Process 1 after the first checkpoint, process 0 after the second."""
-    for rank, step in ((1, EVERY + 1), (0, 2 * EVERY + 1)):
-        death = killed(tmp_path, 2, rank, lambda _, n=step: written(tmp_path) > n)
+    """Process 1 after the first checkpoint; process 0, of a pipeline, after the second:
+    it tells what its stage did."""
+    for rank, step, stages in ((1, EVERY + 1, 0), (0, 2 * EVERY - 1, 2)):
+
+        def when(_: float, step: int = step) -> bool:
+            return written(tmp_path) > step
+
+        death = killed(tmp_path, 2, rank, when, stages)
         assert death is not None and death.named, death
         assert death.exit_code == 128 + 9 and death.exit_seconds < 30
         assert "its last instruction: " in death.last_line
+    assert re.search(r"train_step, call \d+: .* worker [01]", death.last_line)
     job = start(tmp_path, 2)
     _, said = job.communicate(timeout=300)
     assert job.returncode == 0, said

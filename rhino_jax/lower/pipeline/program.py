@@ -91,6 +91,14 @@ class StagePrograms:
             return partition_spec(version[1])
         return self.raw
 
+    def shape(self, version: Version) -> tuple[int, ...]:
+        """The shape in which a version is handed over."""
+        whole = self.program.values[version[0]].shape
+        if version in self.ordinary:
+            return whole
+        places = (axis.size for axis in self.mesh.axes)
+        return (*places, *version[1].local_shape(whole, self.wide))
+
     def sharding(self, version: Version, stage: int) -> Any:
         """How ``version`` lies on the devices of a stage."""
         return self.placed(self.spec(version), stage)
@@ -134,15 +142,9 @@ class StagePrograms:
         then its own ``totals``. Results: what it gives, then its totals with the terms
         of this turn. Its own totals are donated, as are the reads ``donated``.
         """
-        turns = self.turns(chunk)
 
         def body(*args: Any) -> tuple[jax.Array, ...]:
-            given = list(args)
-            mesh = Here(self.wide.axes, given.pop(0)) if turns else self.wide
-            frame = Frame(self.program, mesh, {})
-            for read in chunk.reads:
-                frame.put(*read.version, self._opened(read.version, given.pop(0)))
-            left = {one.index: (one, given.pop(0)) for one in chunk.leaves}
+            frame, left, given = self._entered(chunk, args)
             totals = [self._bare(x) for x in given]
             for number in chunk.units:
                 self._run(frame, number, left)
@@ -155,6 +157,51 @@ class StagePrograms:
         outside = (*map(self.spec, chunk.gives), *(self.raw for _ in chunk.totals))
         name = f"{self.chunks.side(chunk.key)}_{chunk.key.stage}"
         return self._jitted(body, name, chunk.key.stage, inside, outside, given)
+
+    def finding_program(self, chunk: Chunk, faulty: Callable[[Any], Any]) -> Any:
+        """``chunk`` as a jitted function that tells where its faults are.
+
+        Arguments: as of :meth:`chunk_program`, its totals left out. Result: int32, for
+        every op of the chunk, whether ``faulty`` is true of any element that it makes.
+        """
+        names = self.mesh.names
+
+        def body(*args: Any) -> tuple[jax.Array, ...]:
+            frame, left, _ = self._entered(chunk, args)
+            found = []
+            for number in chunk.units:
+                self._run(frame, number, left)
+                unit = self.chunks.flow.units[number]
+                if unit.kind == OP:
+                    made = [
+                        x
+                        for value in self.program.ops[unit.index].results
+                        for x in frame.versions.get(value, {}).values()
+                        if jnp.issubdtype(x.dtype, jnp.inexact)
+                    ]
+                    bad = [jnp.any(faulty(x)) for x in made]
+                    found.append(jnp.any(jnp.stack([jnp.bool_(False), *bad])))
+            told = jnp.stack(found).astype(jnp.int32)
+            return (jax.lax.pmax(told, names) if names else told,)
+
+        inside, _ = self._arguments(chunk, ())
+        inside = inside[: len(inside) - len(chunk.totals)]
+        name = f"find_{self.chunks.side(chunk.key)}_{chunk.key.stage}"
+        outside = (PartitionSpec(),)
+        return self._jitted(body, name, chunk.key.stage, inside, outside, ())
+
+    def _entered(
+        self, chunk: Chunk, args: Sequence[Any]
+    ) -> tuple[Frame, Mapping[int, tuple[Leaving, Any]], list[Any]]:
+        """A frame with what a chunk reads, what leaves the loop, and its totals."""
+        given = list(args)
+        turns = self.turns(chunk)
+        mesh = Here(self.wide.axes, given.pop(0)) if turns else self.wide
+        frame = Frame(self.program, mesh, {})
+        for read in chunk.reads:
+            frame.put(*read.version, self._opened(read.version, given.pop(0)))
+        left = {one.index: (one, given.pop(0)) for one in chunk.leaves}
+        return frame, left, given
 
     def _arguments(
         self, chunk: Chunk, donated: Collection[Version]
