@@ -1,11 +1,15 @@
 """Do predicted step times order plans as measured ones do? On simulated CPU devices.
 
-With a live profile of 8 simulated devices (``rhino profile --simulated 8 --out ...``):
-for a GPT, a ResNet and a mixture of experts, plans are drawn by a recorded seed from
-those that the search finds on its way (meshes, prices for memory, recomputation,
-microbatches) and that are predicted within 3 times of the best. All are compiled, then
-run in turn, several rounds; a plan's time is its shortest. Results are kept in a file;
-models already there are not run again. ``python -m benchmarks.prediction_time --help``.
+For a GPT, a ResNet and a mixture of experts on 8 simulated devices, plans are drawn by
+a recorded seed from those that the search finds on its way (meshes, prices for memory,
+microbatches) and that are predicted within 3 times of the best. They run in turn, round
+by round; a plan's time is its shortest, so that what else the machine does falls on all
+alike and counts as little as it can.
+
+Everything is kept in one folder and taken up again: the live profile (measured where
+there is none yet), the plans drawn, compiled programs, and every round. ``--seconds``
+ends a call early; the next one goes on.
+``python -m benchmarks.prediction_time --help``.
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,8 @@ from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import InfeasibleError
 from rhino_jax.options import make_options
-from rhino_jax.plan import make_plan
+from rhino_jax.plan import Plan, make_plan
+from rhino_jax.profiling.make import measured_profile
 from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.remat import NONE
@@ -48,6 +54,9 @@ SEED, PLANS, WITHIN = 11, 20, 3.0
 GOAL_SPEARMAN, GOAL_FOUND = 0.85, 1.1
 WARM, STEPS = 1, 2
 PLENTY_BYTES = 2**50
+
+
+# ---- plans ---------------------------------------------------------------------------
 
 
 def candidates(traced: Traced, cluster: Cluster) -> Iterator[Candidate]:
@@ -83,7 +92,7 @@ def drawn(traced: Traced, cluster: Cluster, count: int) -> list[Candidate]:
     """The found plan, and others by :data:`SEED`, all within :data:`WITHIN`."""
     found: dict[str, Candidate] = {}
     for one in candidates(traced, cluster):
-        key = f"{one.mesh} {one.microbatches} {hash_of(one)}"
+        key = f"{one.mesh} {one.microbatches} {one.assignment!r}"
         found.setdefault(key, one)
     first, *rest = found.values()
     limit = WITHIN * first.prediction.step_seconds
@@ -92,14 +101,9 @@ def drawn(traced: Traced, cluster: Cluster, count: int) -> list[Candidate]:
     return [first, *rest[: count - 1]]
 
 
-def hash_of(one: Candidate) -> str:
-    """Equal for equal assignments."""
-    return repr(one.assignment)
-
-
-def stepped(model: Model, traced: Traced, one: Candidate) -> Any:
-    """The decorated step that runs a candidate."""
-    plan = make_plan(
+def plan_of(traced: Traced, one: Candidate) -> Plan:
+    """A candidate as a plan of the decorated step."""
+    return make_plan(
         traced.program,
         one.assignment,
         one.mesh,
@@ -107,93 +111,187 @@ def stepped(model: Model, traced: Traced, one: Candidate) -> Any:
         traced.output_paths,
         microbatches=one.microbatches,
     )
-    return rhino.auto_parallel(plan=plan, donate=False, cache_dir="")(model.train_step)
 
 
-def measured(model: Model, traced: Traced, plans: list[Candidate], rounds: int) -> Any:
-    """Shortest seconds of a step of every plan, run in turn."""
-    _, state, batch = run_init(model)
-    state, batch = jax.device_get((state, batch))
-    runs = []
-    for number, one in enumerate(plans):
-        step = stepped(model, traced, one)
-        began = time.perf_counter()
-        mine = step(state, batch)[0]
-        took = time.perf_counter() - began
-        click.echo(f"{number}: {one}, compiled in {took:.0f} s", err=True)
-        mine = jax.block_until_ready(step(mine, batch)[0])
-        runs.append((step, mine))
-    least = [float("inf")] * len(plans)
-    for _ in range(rounds):
-        for number, (step, mine) in enumerate(runs):
-            for take in range(WARM + STEPS):
-                began = time.perf_counter()
-                jax.block_until_ready(step(mine, batch))
-                if take >= WARM:
-                    took = time.perf_counter() - began
-                    least[number] = min(least[number], took)
-    return least
+# ---- what is kept --------------------------------------------------------------------
 
 
-def cell(name: str, size: str, profile: str, count: int, rounds: int) -> dict[str, Any]:
-    """One model: predicted and measured seconds of every plan, the found one first."""
-    cluster = profiled(parse_cluster(f"cpu:{jax.device_count()}"), profile)
-    model = build(name, size=size)
+@dataclass(frozen=True)
+class Kept:
+    """The folder of everything: ``profile.json``; of every model its plans and what is
+    predicted of them, and a line of seconds for every round."""
+
+    folder: Path
+    size: str
+
+    @property
+    def profile(self) -> Path:
+        return self.folder / "profile.json"
+
+    def file(self, model: str, what: str) -> Path:
+        return self.folder / f"{model}.{self.size}.{what}"
+
+    def plans(self, model: str) -> dict[str, Any]:
+        """``plans`` (as JSON), ``names``, ``predicted`` and ``predicted_comm``."""
+        found: dict[str, Any] = json.loads(self.file(model, "plans.json").read_text())
+        return found
+
+    def rounds(self, model: str) -> list[list[float]]:
+        """Seconds of every plan, by round."""
+        file = self.file(model, "rounds.jsonl")
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def add(self, model: str, seconds: list[float]) -> None:
+        with self.file(model, "rounds.jsonl").open("a") as file:
+            file.write(json.dumps(seconds) + "\n")
+
+
+def profile_measured(kept: Kept) -> None:
+    """A live profile of the simulated devices, where there is none."""
+    if not kept.profile.exists():
+        click.echo("measuring the simulated devices", err=True)
+        measured_profile(jax.devices()).save(kept.profile)
+
+
+def planned(kept: Kept, name: str, count: int) -> None:
+    """The plans of a model, where they were not drawn yet."""
+    place = kept.file(name, "plans.json")
+    if place.exists():
+        return
+    cluster = profiled(parse_cluster(f"cpu:{jax.device_count()}"), str(kept.profile))
+    model = build(name, size=kept.size)
     args = (model.state_shapes, model.batch_shapes)
     traced = traced_bare(model.train_step, args, {}, make_options(donate=False))
-    plans = drawn(traced, cluster, count)
-    seconds = measured(model, traced, plans, rounds)
-    predicted = [one.prediction.step_seconds for one in plans]
-    return {
-        "plans": [str(one) for one in plans],
-        "predicted": predicted,
-        "predicted_comm": [one.prediction.comm_seconds for one in plans],
-        "measured": seconds,
-        "spearman": float(spearmanr(predicted, seconds).statistic),
-        "found_over_fastest": seconds[0] / min(seconds),
+    found = drawn(traced, cluster, count)
+    data = {
+        "names": [str(one) for one in found],
+        "predicted": [one.prediction.step_seconds for one in found],
+        "predicted_comm": [one.prediction.comm_seconds for one in found],
+        "plans": [plan_of(traced, one).to_json() for one in found],
     }
+    place.write_text(json.dumps(data, indent=1))
+    click.echo(f"{name}: {len(found)} plans drawn", err=True)
+
+
+# ---- the clock -----------------------------------------------------------------------
+
+
+def timed(kept: Kept, name: str, rounds: int, until: float) -> None:
+    """Run the plans of a model in turn, up to ``rounds`` times or ``until``."""
+    if len(kept.rounds(name)) >= rounds:
+        return
+    model = build(name, size=kept.size)
+    runs = [_running(model, text) for text in kept.plans(name)["plans"]]
+    while len(kept.rounds(name)) < rounds and time.perf_counter() < until:
+        kept.add(name, [min(_seconds(run) for _ in range(STEPS)) for run in runs])
+
+
+def _running(model: Model, text: str) -> Callable[[], Any]:
+    """A compiled step on a state of its own, as a plan has it."""
+    step = rhino.auto_parallel(plan=Plan.from_json(text), donate=False, cache_dir="")(
+        model.train_step
+    )
+    _, state, batch = run_init(model)
+    state, batch = jax.device_get((state, batch))
+    state = jax.block_until_ready(step(state, batch)[0])
+    return lambda: step(state, batch)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Of one step, behind :data:`WARM` others of the same plan."""
+    for _ in range(WARM):
+        jax.block_until_ready(run())
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+# ---- the judgement -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Of one model, predicted and shortest measured seconds, the found plan's first."""
+
+    predicted: list[float]
+    measured: list[float]
+
+    @property
+    def spearman(self) -> float:
+        return float(spearmanr(self.predicted, self.measured).statistic)
+
+    @property
+    def found_over_fastest(self) -> float:
+        return self.measured[0] / min(self.measured)
+
+    @property
+    def good(self) -> bool:
+        return self.spearman >= GOAL_SPEARMAN and self.found_over_fastest <= GOAL_FOUND
+
+
+def judged(kept: Kept, model: str) -> Judged:
+    """What all rounds so far say of a model's plans."""
+    least = [min(column) for column in zip(*kept.rounds(model), strict=True)]
+    return Judged(kept.plans(model)["predicted"], least)
+
+
+def show(kept: Kept, models: list[str]) -> bool:
+    """Print a line a model; whether all goals are met."""
+    table = Table()
+    for heading in ("model", "plans", "rounds", "Spearman", "found / fastest"):
+        table.add_column(heading)
+    table.add_column("slowest / fastest")
+    table.add_column("predicted / measured")
+    good = True
+    for name in models:
+        count = len(kept.rounds(name))
+        if not count:
+            table.add_row(name, "", "0")
+            good = False
+            continue
+        one = judged(kept, name)
+        good &= one.good
+        shares = sorted(p / m for p, m in zip(one.predicted, one.measured, strict=True))
+        table.add_row(
+            *(name, str(len(shares)), str(count), f"{one.spearman:.2f}"),
+            f"{one.found_over_fastest:.2f}",
+            f"{max(one.measured) / min(one.measured):.1f}",
+            f"{shares[0]:.2f} to {shares[-1]:.2f}",
+        )
+    Console().print(table)
+    return good
 
 
 @click.command()
-@click.option("--time", "timed", is_flag=True, help="(The only thing there is.)")
-@click.option("--profile", required=True, type=click.Path(exists=True))
+@click.option("--time/--no-time", "clocked", default=True, help="Run plans, or not.")
 @click.option("--models", default=",".join(MODELS), show_default=True)
 @click.option("--size", default="small", show_default=True)
 @click.option("--plans", default=PLANS, show_default=True)
-@click.option("--rounds", default=5, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default="prediction_time.json")
+@click.option("--rounds", default=12, show_default=True)
+@click.option("--seconds", default=1e9, help="Begin no round of plans after so many.")
+@click.option("--out", type=click.Path(path_type=Path), default="prediction_time")
 def main(
-    timed: bool,
-    profile: str,
+    clocked: bool,
     models: str,
     size: str,
     plans: int,
     rounds: int,
+    seconds: float,
     out: Path,
 ) -> None:
     """Print rank correlation and how good the found plan is; exit 1 below the goals."""
-    rows = json.loads(out.read_text()) if out.exists() else {}
-    for name in models.split(","):
-        if name not in rows:
-            rows[name] = cell(name, size, profile, plans, rounds)
-            out.write_text(json.dumps(rows, indent=1))
-    table = Table()
-    for heading in ("model", "plans", "Spearman", "found / fastest", "spread"):
-        table.add_column(heading)
-    good = True
-    for name, row in rows.items():
-        fastest, slowest = min(row["measured"]), max(row["measured"])
-        table.add_row(
-            name,
-            str(len(row["plans"])),
-            f"{row['spearman']:.2f}",
-            f"{row['found_over_fastest']:.2f}",
-            f"{slowest / fastest:.1f}",
-        )
-        good &= row["spearman"] >= GOAL_SPEARMAN
-        good &= row["found_over_fastest"] <= GOAL_FOUND
-    Console().print(table)
-    raise SystemExit(0 if good else 1)
+    until = time.perf_counter() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(out.resolve() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    kept, names = Kept(out, size), models.split(",")
+    profile_measured(kept)
+    for name in names:
+        planned(kept, name, plans)
+        if clocked and time.perf_counter() < until:
+            timed(kept, name, rounds, until)
+    raise SystemExit(0 if show(kept, names) else 1)
 
 
 if __name__ == "__main__":
