@@ -52,8 +52,11 @@ READS: Mapping[str, str] = {
     **dict.fromkeys("scatter scatter-add scatter_add".split(), SCATTER),
 }
 """Kind of kernel by kind of op, of what is bound by memory; the rest: elementwise."""
-LETTERS = "bmkn"
-"""Factors of a product by their first letter: batch, rows, contracted, columns."""
+PRODUCT_LETTERS = {letter: letter for letter in "bmkn"}
+"""Factors by their first letter: batch, rows, contracted, columns. Others are rows."""
+CONVOLVED_LETTERS = {"g": "b", "c": "k", "k": "k", "w": "k", "o": "n", "x": ""}
+"""Of a convolution: groups, channels and window, features; where windows overlap, the
+operand's own dimension is no loop."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,21 @@ def op_flops(op: Op, rule: Rule, choice: Choice, mesh: Mesh) -> int:
     return 2 * points
 
 
-def product_size(rule: Rule, choice: Choice, mesh: Mesh) -> tuple[float, ...]:
-    """Batch, rows, contracted dimension and columns of a product on one shard."""
-    sides = dict.fromkeys(LETTERS, 1.0)
+def product_size(
+    rule: Rule,
+    choice: Choice,
+    mesh: Mesh,
+    letters: Mapping[str, str] = PRODUCT_LETTERS,
+) -> tuple[float, ...]:
+    """Batch, rows, contracted dimension and columns of a product on one shard.
+
+    A convolution's are those of the product that it is: a row an element of the result,
+    contracted are channels and window.
+    """
+    sides = dict.fromkeys("bmkn", 1.0)
     for factor in rule.factors:
-        letter = factor.name[0] if factor.name[0] in sides else "m"
-        sides[letter] *= local_size(factor.size, choice.on(factor.name), mesh)
+        if letter := letters.get(factor.name[0], "m"):
+            sides[letter] *= local_size(factor.size, choice.on(factor.name), mesh)
     return tuple(sides.values())
 
 
@@ -271,7 +283,8 @@ def _size(
     """The size by which a curve of arithmetic is looked up."""
     if not flops:
         return ()
-    return (flops,) if kind == CONVOLVED else product_size(rule, choice, mesh)
+    letters = CONVOLVED_LETTERS if kind == CONVOLVED else PRODUCT_LETTERS
+    return product_size(rule, choice, mesh, letters)
 
 
 def _roofline(

@@ -12,8 +12,9 @@ read once. Two things share the pass they come from:
 Batch norm does neither: it reads its input for the statistics, and again for the rest.
 
 On a TPU, what is made of a product's result is made in the product's kernel
-(:mod:`rhino_jax.cost.guests`), and an element costs as much as one of 4 bytes, however
-narrow it is: ``habits.lane_bytes``.
+(:mod:`rhino_jax.cost.guests`), an elementwise kernel shares the pass of another that it
+reads, and an element costs as much as one of 4 bytes, however narrow it is:
+``habits.lane_bytes``.
 
 Read off kernels that XLA made of GPT, ViT and ResNet steps for an H100 and a v5e.
 """
@@ -68,6 +69,7 @@ class _Passes:
         self.unfolded = unfolded
         self.fused = fused
         self.host = guests(unfolded, fused) if habits.products_fuse else {}
+        self.chains = habits.products_fuse
         self.swallowed = swallowed(unfolded, fused, self.host)
         self.size = [buffer.num_bytes for buffer in unfolded.buffers]
         wide = habits.lane_bytes
@@ -112,7 +114,7 @@ class _Passes:
         sources = sources_of(at, self.fused.sources, made_bytes)
         over_rows = _over_rows(at)
         inside = {}
-        if at.role == REDUCING:
+        if at.role == REDUCING or self.chains:
             inside = {s: self.looped[s] for s in sources if s in self.looped}
         when = max((inside.get(s, self.ready[s]) for s in sources), default=0)
         lane = ROWS if over_rows else self.lane_of(at)
