@@ -3,8 +3,12 @@
 For a GPT, a ResNet and a mixture of experts on 8 simulated devices: the plan that the
 search finds, and those that it finds on other meshes, with microbatches, and with
 layouts of inputs held, all drawn by a recorded seed, that are predicted within 3 times
-of the first. They run in turn, round by round; a plan's time is its shortest, so that
-what else the machine does falls on all alike and counts as little as it can.
+of the first. They run in turn, round by round; a plan's time is its shortest.
+
+By the clock on the wall, and by one that goes while this process has a core
+(:func:`rhino_jax.profiling.live.core_seconds`): simulated devices share the machine's
+cores, and are never idle all together, so that both say the same where nothing else
+runs, and the second where something does. The profile is made by the second.
 
 Everything is kept in one folder and taken up again: the live profile (measured where
 there is none yet), the plans drawn, compiled programs, and every round. ``--seconds``
@@ -14,11 +18,12 @@ ends a call early; the next one goes on.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +49,7 @@ from rhino_jax.errors import InfeasibleError, PinError
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.options import make_options
 from rhino_jax.plan import Plan, make_plan
+from rhino_jax.profiling.live import Clock, core_seconds
 from rhino_jax.profiling.make import measured_profile
 from rhino_jax.search.auto import Candidate, Wish, plan_search
 from rhino_jax.search.meshes import candidate_meshes
@@ -54,8 +60,10 @@ from rhino_jax.trace import Traced
 MODELS = ("gpt_scanned", "resnet", "moe")
 SEED, PLANS, WITHIN = 11, 20, 3.0
 TRIES, HELD = 80, 2
-PASSES = 4
+PASSES = 1
 """Of the live profile."""
+CLOCKS: Mapping[str, Clock] = {"cores": core_seconds, "wall": time.perf_counter}
+"""What a step takes: of both cores, wherever the process had them; on the wall."""
 GOAL_SPEARMAN, GOAL_FOUND = 0.85, 1.1
 WARM, STEPS = 1, 2
 PLENTY_BYTES = 2**50
@@ -125,7 +133,7 @@ def plan_of(traced: Traced, one: Candidate) -> Plan:
 @dataclass(frozen=True)
 class Kept:
     """The folder of everything: ``profile.json``; of every model its plans and what is
-    predicted of them, and a line of seconds for every round."""
+    predicted of them, and a line for every round: seconds by clock, of every plan."""
 
     folder: Path
     size: str
@@ -142,13 +150,13 @@ class Kept:
         found: dict[str, Any] = json.loads(self.file(model, "plans.json").read_text())
         return found
 
-    def rounds(self, model: str) -> list[list[float]]:
-        """Seconds of every plan, by round."""
+    def rounds(self, model: str) -> list[dict[str, list[float]]]:
+        """Seconds of every plan, by clock, by round."""
         file = self.file(model, "rounds.jsonl")
         lines = file.read_text().splitlines() if file.exists() else []
         return [json.loads(line) for line in lines]
 
-    def add(self, model: str, seconds: list[float]) -> None:
+    def add(self, model: str, seconds: dict[str, list[float]]) -> None:
         with self.file(model, "rounds.jsonl").open("a") as file:
             file.write(json.dumps(seconds) + "\n")
 
@@ -157,7 +165,8 @@ def profile_measured(kept: Kept) -> None:
     """A live profile of the simulated devices, where there is none."""
     if not kept.profile.exists():
         click.echo("measuring the simulated devices", err=True)
-        measured_profile(jax.devices(), passes=PASSES).save(kept.profile)
+        found = measured_profile(jax.devices(), passes=PASSES, clock=core_seconds)
+        found.save(kept.profile)
 
 
 def planned(kept: Kept, name: str, count: int) -> None:
@@ -190,7 +199,8 @@ def timed(kept: Kept, name: str, rounds: int, until: float) -> None:
     model = build(name, size=kept.size)
     runs = [_running(model, text) for text in kept.plans(name)["plans"]]
     while len(kept.rounds(name)) < rounds and time.perf_counter() < until:
-        kept.add(name, [min(_seconds(run) for _ in range(STEPS)) for run in runs])
+        took = [_least(run) for run in runs]
+        kept.add(name, {clock: [one[clock] for one in took] for clock in CLOCKS})
 
 
 def _running(model: Model, text: str) -> Callable[[], Any]:
@@ -204,13 +214,16 @@ def _running(model: Model, text: str) -> Callable[[], Any]:
     return lambda: step(state, batch)
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    """Of one step, behind :data:`WARM` others of the same plan."""
-    for _ in range(WARM):
+def _least(run: Callable[[], Any]) -> dict[str, float]:
+    """Of several steps behind :data:`WARM` others of the same plan, by clock."""
+    least = dict.fromkeys(CLOCKS, float("inf"))
+    for take in range(WARM + STEPS):
+        began = {name: clock() for name, clock in CLOCKS.items()}
         jax.block_until_ready(run())
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
+        for name, clock in CLOCKS.items():
+            if take >= WARM:
+                least[name] = min(least[name], clock() - began[name])
+    return least
 
 
 # ---- the judgement -------------------------------------------------------------------
@@ -236,36 +249,38 @@ class Judged:
         return self.spearman >= GOAL_SPEARMAN and self.found_over_fastest <= GOAL_FOUND
 
 
-def judged(kept: Kept, model: str) -> Judged:
-    """What all rounds so far say of a model's plans."""
-    least = [min(column) for column in zip(*kept.rounds(model), strict=True)]
+def judged(kept: Kept, model: str, clock: str) -> Judged:
+    """What all rounds so far say of a model's plans, by one clock."""
+    rounds = (seconds[clock] for seconds in kept.rounds(model))
+    least = [min(column) for column in zip(*rounds, strict=True)]
     return Judged(kept.plans(model)["predicted"], least)
 
 
-def show(kept: Kept, models: list[str]) -> bool:
-    """Print a line a model; whether all goals are met."""
+def show(kept: Kept, models: list[str], by: str) -> bool:
+    """Print a line a model and clock; whether all goals are met ``by`` one of them."""
     table = Table()
-    for heading in ("model", "plans", "rounds", "Spearman", "found / fastest"):
+    for heading in (
+        *("model", "clock", "plans", "rounds", "Spearman", "found / fastest"),
+        *("slowest / fastest", "predicted / measured"),
+    ):
         table.add_column(heading)
-    table.add_column("slowest / fastest")
-    table.add_column("predicted / measured")
     good = True
-    for name in models:
+    for name, clock in itertools.product(models, CLOCKS):
         count = len(kept.rounds(name))
         if not count:
-            table.add_row(name, "", "0")
+            table.add_row(name, clock, "", "0")
             good = False
             continue
-        one = judged(kept, name)
-        good &= one.good
+        one = judged(kept, name, clock)
+        good &= one.good or clock != by
         shares = sorted(p / m for p, m in zip(one.predicted, one.measured, strict=True))
         table.add_row(
-            *(name, str(len(shares)), str(count), f"{one.spearman:.2f}"),
+            *(name, clock, str(len(shares)), str(count), f"{one.spearman:.2f}"),
             f"{one.found_over_fastest:.2f}",
             f"{max(one.measured) / min(one.measured):.1f}",
             f"{shares[0]:.2f} to {shares[-1]:.2f}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
     return good
 
 
@@ -276,6 +291,7 @@ def show(kept: Kept, models: list[str]) -> bool:
 @click.option("--plans", default=PLANS, show_default=True)
 @click.option("--rounds", default=12, show_default=True)
 @click.option("--seconds", default=1e9, help="Begin no round of plans after so many.")
+@click.option("--by", default="cores", type=click.Choice([*CLOCKS]), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default="prediction_time")
 def main(
     clocked: bool,
@@ -284,6 +300,7 @@ def main(
     plans: int,
     rounds: int,
     seconds: float,
+    by: str,
     out: Path,
 ) -> None:
     """Print rank correlation and how good the found plan is; exit 1 below the goals."""
@@ -297,7 +314,7 @@ def main(
         planned(kept, name, plans)
         if clocked and time.perf_counter() < until:
             timed(kept, name, rounds, until)
-    raise SystemExit(0 if show(kept, names) else 1)
+    raise SystemExit(0 if show(kept, names, by) else 1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,13 +61,15 @@ def measured_profile(
     told: Told = _silent,
     grid: Grid | None = None,
     passes: int = 1,
+    clock: live.Clock = time.perf_counter,
 ) -> Profile:
     """Measure ``devices`` (of ``jax.devices()``), all of one kind and one host.
 
     Where the catalogue's figures are guesses (CPU devices), or there are none, the best
     that was measured is the peak. Everything is measured ``passes`` times, one pass
     after the other, and the least counts: a machine that has other work now and then
-    is measured rightly all the same.
+    is measured rightly all the same. One that always has, and simulates the devices,
+    by another ``clock`` (:func:`rhino_jax.profiling.live.core_seconds`).
 
     Raises:
         ProfileError: devices of several hosts.
@@ -81,11 +84,11 @@ def measured_profile(
     known = CATALOGUE.get(name or "")
     chosen = grid or GRIDS.get(known.platform if known else CUDA, GRIDS[CUDA])
     wanted = (*kernels(chosen), *others(chosen, 4))
-    call = min(live.call_seconds(devices) for _ in range(passes))
+    call = min(live.call_seconds(devices, clock) for _ in range(passes))
     least = [math.inf] * len(wanted)
     for _, (number, kernel) in itertools.product(range(passes), enumerate(wanted)):
         told(f"{kernel.kind} {kernel.dtype}", number, len(wanted))
-        took = live.kernel_seconds(kernel, devices, call)
+        took = live.kernel_seconds(kernel, devices, call, clock=clock)
         least[number] = min(least[number], took)
     found = list(zip(wanted, least, strict=True))
     apart = len(wanted) - len(others(chosen, 4))
@@ -99,20 +102,26 @@ def measured_profile(
         _versions("jax", "jaxlib"),
         0.0,
         _completed(curves(found[:apart], found[apart:], device)),
-        tuple(_measured_links(link, devices, call, chosen, told, passes)),
+        tuple(_measured_links(link, devices, call, chosen, told, passes, clock)),
         figures,
     )
 
 
 def _measured_links(
-    link: str, devices: Sequence[Any], call: float, grid: Grid, told: Told, passes: int
+    link: str,
+    devices: Sequence[Any],
+    call: float,
+    grid: Grid,
+    told: Told,
+    passes: int,
+    clock: live.Clock,
 ) -> Iterator[LinkFit]:
     counts = [n for n in range(2, len(devices) + 1) if len(devices) % n == 0]
     wanted = [one for count in counts for one in exchanges(grid, count)]
     least = [math.inf] * len(wanted)
     for _, (number, one) in itertools.product(range(passes), enumerate(wanted)):
         told(f"{one.kind} among {one.count}", number, len(wanted))
-        took = live.exchange_seconds(one, devices, call)
+        took = live.exchange_seconds(one, devices, call, clock)
         least[number] = min(least[number], took)
     yield from link_fits(link, list(zip(wanted, least, strict=True)))
 
