@@ -193,14 +193,16 @@ def planned(kept: Kept, name: str, count: int) -> None:
 
 
 def timed(kept: Kept, name: str, rounds: int, until: float) -> None:
-    """Run the plans of a model in turn, up to ``rounds`` times or ``until``."""
+    """Run the plans of a model in turn, ``rounds`` times; one round past ``until``."""
     if len(kept.rounds(name)) >= rounds:
         return
     model = build(name, size=kept.size)
     runs = [_running(model, text) for text in kept.plans(name)["plans"]]
-    while len(kept.rounds(name)) < rounds and time.perf_counter() < until:
+    while len(kept.rounds(name)) < rounds:
         took = [_least(run) for run in runs]
         kept.add(name, {clock: [one[clock] for one in took] for clock in CLOCKS})
+        if time.perf_counter() > until:
+            break
 
 
 def _running(model: Model, text: str) -> Callable[[], Any]:
