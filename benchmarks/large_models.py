@@ -1,8 +1,9 @@
 """Do models of 7, 70 and 175 billion parameters get plans that fit?
 
 Scanned, rematerialized GPTs (flax linen, bfloat16 compute, float32 state, clip and
-adamw) for the smallest sensible clusters, nothing configured. Each plan is compiled for
-its cluster by the real compiler, which says what memory it takes.
+adamw) for the smallest sensible clusters, and the largest for 1,024 GPUs and 2,048 TPU
+chips; nothing configured. Each plan is compiled for its cluster by the real compiler,
+which says what memory it takes.
 ``python -m benchmarks.large_models --help``.
 """
 
@@ -18,7 +19,10 @@ import rhino_jax as rhino
 from benchmarks.models import build
 from rhino_jax.cluster.parse import parse_cluster
 
-CASES = (("7B", "h100:1x8"), ("70B", "h100:4x8"), ("175B", "h100:8x8"))
+CASES = (
+    *(("7B", "h100:1x8"), ("70B", "h100:4x8"), ("175B", "h100:8x8")),
+    *(("175B-pod", "h100:128x8"), ("175B-pod", "v5p:8x16x16")),
+)
 GIB = 2**30
 
 
@@ -57,7 +61,7 @@ def planned_and_compiled(size: str, cluster: str) -> tuple[list[str], bool]:
 
 
 @click.command()
-@click.option("--only", default="", help="A size, such as 7B.")
+@click.option("--only", default="", help="A size or cluster, such as 7B.")
 def main(only: str) -> None:
     """Print the table; exit 1 where a plan does not fit."""
     table = Table(box=None)
@@ -68,7 +72,7 @@ def main(only: str) -> None:
         table.add_column(heading)
     good = True
     for size, cluster in CASES:
-        if only in ("", size):
+        if only in ("", size, cluster):
             row, fits = planned_and_compiled(size, cluster)
             table.add_row(*row)
             click.echo(" ".join(row))

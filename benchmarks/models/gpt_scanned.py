@@ -46,6 +46,10 @@ SIZES = {
     "7B": Config(vocab=51200, hidden=4096, heads=32, layers=32, seq=2048, batch=64),
     "70B": Config(vocab=51200, hidden=8192, heads=64, layers=80, seq=2048, batch=64),
     "175B": Config(vocab=51200, hidden=12288, heads=96, layers=96, seq=2048, batch=64),
+    # The same with a batch for a thousand devices and more: 4 million tokens.
+    "175B-pod": Config(
+        vocab=51200, hidden=12288, heads=96, layers=96, seq=2048, batch=2048
+    ),
 }
 
 

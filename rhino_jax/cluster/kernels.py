@@ -2,8 +2,9 @@
 
 A :class:`Curve` gives a share of peak by size, on a grid: between its points the
 logarithm of the share runs straight over the logarithms of the sizes. A product's size
-is (rows, contracted, columns), a batched product's starts with the batch; all other
-sizes are the bytes that a kernel moves. A curve without axes is one share for all.
+is (rows, contracted, columns), a batched product's starts with the batch, a
+convolution's is that of the product that it is; all other sizes are the bytes that a
+kernel moves. A curve without axes is one share for all.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ GATHER, SCATTER = "gather", "scatter"
 what they read."""
 FUSING = (ELEMENTWISE, REDUCTION, COLUMNS)
 ARITHMETIC = (PRODUCT, BATCHED, CONVOLUTION)
-AXES: Mapping[str, int] = {PRODUCT: 3, BATCHED: 4, CONVOLUTION: 1}
-"""Numbers of a size; one, bytes (a convolution's operations), where none is named."""
+AXES: Mapping[str, int] = {PRODUCT: 3, BATCHED: 4, CONVOLUTION: 3}
+"""Numbers of a size; one, bytes, where none is named."""
 KINDS = (*ARITHMETIC, OPERANDS, ELEMENTWISE, REDUCTION, COLUMNS, GATHER, SCATTER)
 LIKE: Mapping[str, str] = {
     BATCHED: PRODUCT,
+    CONVOLUTION: PRODUCT,
     OPERANDS: ELEMENTWISE,
     REDUCTION: ELEMENTWISE,
     COLUMNS: REDUCTION,

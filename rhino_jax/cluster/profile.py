@@ -22,7 +22,6 @@ from rhino_jax.cluster.hardware import COLUMNS, GPUS, Device
 from rhino_jax.cluster.kernels import (
     ARITHMETIC,
     AXES,
-    CONVOLUTION,
     ELEMENTWISE,
     KINDS,
     PRODUCT,
@@ -236,7 +235,7 @@ def _faults(data: Any) -> Iterator[str]:
     curves = data.get("curves")
     if isinstance(curves, list) and all(isinstance(one, Mapping) for one in curves):
         kinds = [one.get("kind") for one in curves]
-        needed = (PRODUCT, CONVOLUTION, ELEMENTWISE)
+        needed = (PRODUCT, ELEMENTWISE)
         lacking = [kind for kind in needed if kind not in kinds]
         if lacking:
             yield f"no curve of {' and of '.join(lacking)}"

@@ -152,7 +152,8 @@ class Unfolding:
     def new(self, program: Program, value: int, layout: Layout) -> int:
         v = program.values[value]
         size = self.size(v.shape, v.dtype, layout)
-        self.buffers.append(Buffer(value, size, v.name or f"%{value} {v}"))
+        name = v.name or f"%{value} {v}"
+        self.buffers.append(Buffer(value, size, name, itemsize(v.dtype)))
         return len(self.buffers) - 1
 
     def size(self, shape: tuple[int, ...], dtype: str, layout: Layout) -> int:

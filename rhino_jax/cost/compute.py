@@ -12,6 +12,7 @@ away (:mod:`rhino_jax.cost.fusion`) is neither written nor read
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -53,8 +54,11 @@ READS: Mapping[str, str] = {
     **dict.fromkeys("scatter scatter-add scatter_add".split(), SCATTER),
 }
 """Kind of kernel by kind of op, of what is bound by memory; the rest: elementwise."""
-LETTERS = "bmkn"
-"""Factors of a product by their first letter: batch, rows, contracted, columns."""
+PRODUCT_LETTERS = {letter: letter for letter in "bmkn"}
+"""Factors by their first letter: batch, rows, contracted, columns. Others are rows."""
+CONVOLVED_LETTERS = {"g": "b", "c": "k", "k": "k", "w": "k", "o": "n", "x": ""}
+"""Of a convolution: groups, channels and window, features; where windows overlap, the
+operand's own dimension is no loop."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,21 @@ def op_flops(op: Op, rule: Rule, choice: Choice, mesh: Mesh) -> int:
     return 2 * points
 
 
-def product_size(rule: Rule, choice: Choice, mesh: Mesh) -> tuple[float, ...]:
-    """Batch, rows, contracted dimension and columns of a product on one shard."""
-    sides = dict.fromkeys(LETTERS, 1.0)
+def product_size(
+    rule: Rule,
+    choice: Choice,
+    mesh: Mesh,
+    letters: Mapping[str, str] = PRODUCT_LETTERS,
+) -> tuple[float, ...]:
+    """Batch, rows, contracted dimension and columns of a product on one shard.
+
+    A convolution's are those of the product that it is: a row an element of the result,
+    contracted are channels and window.
+    """
+    sides = dict.fromkeys("bmkn", 1.0)
     for factor in rule.factors:
-        letter = factor.name[0] if factor.name[0] in sides else "m"
-        sides[letter] *= local_size(factor.size, choice.on(factor.name), mesh)
+        if letter := letters.get(factor.name[0], "m"):
+            sides[letter] *= local_size(factor.size, choice.on(factor.name), mesh)
     return tuple(sides.values())
 
 
@@ -185,8 +198,8 @@ def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Wo
     read and write is part of their own price.
     """
     total = Work()
-    moved = traffic(unfolded, fused)
-    for instruction, num_bytes in zip(unfolded.instructions, moved, strict=True):
+    priced = kernel_works(unfolded, fused, mesh, device)
+    for instruction, work in zip(unfolded.instructions, priced, strict=True):
         if instruction.bodies:
             habits = HABITS[device.platform]
             inner = [
@@ -196,17 +209,49 @@ def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Wo
                 inner = [max(inner, key=lambda work: (work.seconds, work.flops))]
             for work in inner:
                 total = total.plus(work, instruction.trips)
-        elif not (instruction.step and instruction.step.wire_bytes):
-            total = total.plus(instruction_work(instruction, num_bytes, mesh, device))
+        else:
+            total = total.plus(work)
     return total
 
 
+def kernel_works(
+    unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device
+) -> tuple[Work, ...]:
+    """The work of every instruction, loops and collectives aside (they are nothing).
+
+    Guests of a product's kernel have their bytes; the seconds are all the product's:
+    the longer of its arithmetic and of the bytes of all.
+    """
+    moved = traffic(unfolded, fused, HABITS[device.platform])
+    guests: dict[int, float] = defaultdict(float)
+    for number, one in enumerate(moved):
+        if one.kernel != number:
+            guests[one.kernel] += memory_seconds(one.num_bytes, device)
+    found = []
+    for number, at in enumerate(unfolded.instructions):
+        num_bytes = moved[number].num_bytes
+        if at.bodies or (at.step and at.step.wire_bytes):
+            found.append(Work())
+        elif moved[number].kernel != number:
+            found.append(Work(num_bytes=num_bytes))
+        else:
+            found.append(
+                instruction_work(at, num_bytes, mesh, device, guests.get(number, 0.0))
+            )
+    return tuple(found)
+
+
 def instruction_work(
-    at: Instruction, num_bytes: int, mesh: Mesh, device: Device
+    at: Instruction,
+    num_bytes: int,
+    mesh: Mesh,
+    device: Device,
+    guest_seconds: float = 0.0,
 ) -> Work:
     """The work of one instruction that is no collective and has no bodies.
 
-    ``num_bytes`` are those that it moves (:mod:`rhino_jax.cost.traffic`).
+    ``num_bytes`` are those that it moves (:mod:`rhino_jax.cost.traffic`),
+    ``guest_seconds`` what it takes to move those of the guests in its kernel.
     """
     flops = 0
     size: tuple[float, ...] = ()
@@ -218,7 +263,7 @@ def instruction_work(
         flops = op_flops(at.op, at.rule, at.plan.choice, mesh)
         dtypes = _dtypes(at.program, at.op)
         size = _size(at.kind, flops, at.rule, at.plan.choice, mesh)
-    moved = memory_seconds(num_bytes, device, kind)
+    moved = memory_seconds(num_bytes, device, kind) + guest_seconds
     work = _roofline(at.kind, flops, size, num_bytes, moved, dtypes, device)
     launched = kernels_of(device).launch_seconds if num_bytes else 0.0
     return replace(work, seconds=work.seconds + launched)
@@ -244,7 +289,8 @@ def _size(
         return ()
     if kind in ATTENTION:
         return attention_size(rule, choice, mesh)
-    return (flops,) if kind == CONVOLVED else product_size(rule, choice, mesh)
+    letters = CONVOLVED_LETTERS if kind == CONVOLVED else PRODUCT_LETTERS
+    return product_size(rule, choice, mesh, letters)
 
 
 def _roofline(

@@ -29,6 +29,7 @@ class Habits:
         scatters_windows: the gradient of a max pooling is a scatter to the places of
             the maxima, which stand as 32-bit indices.
         size: bytes of an array, given its shape and dtype.
+        lane_bytes: what an element takes at least in a kernel that is no product.
     """
 
     workspace_bytes: int = 0
@@ -40,6 +41,7 @@ class Habits:
     dear: frozenset[str] = DEAR
     scatters_windows: bool = False
     size: Size = flat_bytes
+    lane_bytes: int = 0
 
 
 PLAIN = Habits()
@@ -57,7 +59,11 @@ HABITS: Mapping[str, Habits] = {
     "rocm": _GPU,  # assumed as of CUDA: not observed
     # Nothing is dear beside memory traffic: a gelu is made again in every product.
     "tpu": Habits(
-        late_products=True, products_fuse=True, dear=frozenset(), size=tiled_bytes
+        late_products=True,
+        products_fuse=True,
+        dear=frozenset(),
+        size=tiled_bytes,
+        lane_bytes=4,
     ),
     "cpu": PLAIN,
 }

@@ -63,11 +63,12 @@ OVERWRITES = frozenset((ALL_REDUCE,))
 
 @dataclass(frozen=True)
 class Buffer:
-    """One version of a value on one device."""
+    """One version of a value on one device; ``item_bytes`` of an element."""
 
     value: int
     num_bytes: int
     name: str = ""
+    item_bytes: float = 4.0
 
 
 @dataclass(frozen=True)

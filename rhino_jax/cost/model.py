@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.buffers import ACCUMULATE, RuleOf, Unfolded, unfold
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import work_of
-from rhino_jax.cost.fusion import fusion
+from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.memory import Memory, memory_of
+from rhino_jax.cost.order import combined_at
 from rhino_jax.cost.ring import handed_on
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
+from rhino_jax.ir.steps import Step
 
 
 @dataclass(frozen=True)
 class PricedCollective:
     """One collective: what each device sends each time, how often, seconds each time.
 
-    ``op`` is the index of the op of the outermost Program it is written at.
+    Of several that the compiler combines each has the share of its bytes in their
+    seconds. ``op`` is the index of the op of the outermost Program it is written at.
     """
 
     kind: str
@@ -93,7 +97,7 @@ def predict(
     unfolded = unfold(program, assignment, mesh, rule_of, donated, habits)
     fused = fusion(unfolded, habits)
     work = work_of(unfolded, fused, mesh, cluster.device)
-    priced = tuple(_collectives(unfolded, mesh, cluster, 1, None))
+    priced = tuple(_collectives(unfolded, fused, mesh, cluster, 1, None))
     comm_seconds = sum(one.total_seconds for one in priced)
     return Prediction(
         work.seconds + comm_seconds,
@@ -109,10 +113,17 @@ def predict(
 
 
 def _collectives(
-    unfolded: Unfolded, mesh: Mesh, cluster: Cluster, count: int, op: int | None
+    unfolded: Unfolded,
+    fused: Fusion,
+    mesh: Mesh,
+    cluster: Cluster,
+    count: int,
+    op: int | None,
 ) -> Iterator[PricedCollective]:
     """All branches of a ``cond`` are counted; a ``while`` counts as one trip."""
-    for at in unfolded.instructions:
+    habits = HABITS[cluster.device.platform]
+    seconds = _seconds(unfolded, fused, mesh, cluster)
+    for number, at in enumerate(unfolded.instructions):
         place = at.index if op is None else op
         if at.step and at.step.wire_bytes:
             yield PricedCollective(
@@ -120,7 +131,7 @@ def _collectives(
                 at.step.axes,
                 at.step.wire_bytes,
                 count,
-                step_seconds(at.step, mesh, cluster),
+                seconds[number],
                 place,
             )
         if at.op is not None and at.rule is not None and at.step is None:
@@ -137,4 +148,31 @@ def _collectives(
                 )
         inside = op if at.kind == ACCUMULATE else place
         for body in at.bodies:
-            yield from _collectives(body, mesh, cluster, count * at.trips, inside)
+            within = fusion(body, habits)
+            trips = count * at.trips
+            yield from _collectives(body, within, mesh, cluster, trips, inside)
+
+
+def _seconds(
+    unfolded: Unfolded, fused: Fusion, mesh: Mesh, cluster: Cluster
+) -> dict[int, float]:
+    """Of every collective, by its instruction: what is combined is sent at once."""
+    reads = [
+        tuple(s for b in at.reads for s in fused.sources[b])
+        if not at.writes or any(fused.written[b] for b in at.writes)
+        else ()
+        for at in unfolded.instructions
+    ]
+    threshold = HABITS[cluster.device.platform].combine_bytes
+    places = combined_at(unfolded, reads, threshold)
+    groups: dict[int, list[tuple[int, Step]]] = defaultdict(list)
+    for number, at in enumerate(unfolded.instructions):
+        if at.step and at.step.wire_bytes:
+            groups[places.get(number, number)].append((number, at.step))
+    found = {}
+    for members in groups.values():
+        total = sum(step.wire_bytes for _, step in members)
+        whole = replace(members[0][1], wire_bytes=total)
+        each = step_seconds(whole, mesh, cluster) / total
+        found.update({number: step.wire_bytes * each for number, step in members})
+    return found

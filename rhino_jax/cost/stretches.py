@@ -6,23 +6,21 @@ segments together give back its predicted peak in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.buffers import (
     ACCUMULATE,
-    Instruction,
     RuleOf,
     Unfolded,
     unfold,
 )
 from rhino_jax.cost.collectives import step_seconds
-from rhino_jax.cost.compute import instruction_work
+from rhino_jax.cost.compute import kernel_works
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.memory import Held
-from rhino_jax.cost.traffic import traffic
 from rhino_jax.ir.analysis.segments import Segment
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
@@ -126,16 +124,15 @@ def op_seconds(
     parts = [(unfolded, 1), *((body, x.trips) for x in loops for body in x.bodies)]
     found: dict[int, float] = {}
     for part, trips in parts:
-        moved = traffic(part, fusion(part, habits))
-        for one, num_bytes in zip(part.instructions, moved, strict=True):
+        spent_by = _seconds(part, fusion(part, habits), wide, cluster)
+        for one, seconds in zip(part.instructions, spent_by, strict=True):
             if one.kind == ACCUMULATE:
                 continue
             op = one.index
             if part is unfolded and op in inside:
                 (buffer,) = (*one.reads, *one.writes)[:1]
                 op = ~program.producer[part.buffers[buffer].value]
-            spent = trips * _seconds(one, num_bytes, wide, cluster)
-            found[op] = found.get(op, 0.0) + spent
+            found[op] = found.get(op, 0.0) + trips * seconds
     return found
 
 
@@ -144,23 +141,27 @@ def _op_seconds(
 ) -> dict[int, float]:
     """Seconds by op, each with the moves of its operands."""
     found: dict[int, float] = {}
-    moved = traffic(unfolded, fused)
-    for one, num_bytes in zip(unfolded.instructions, moved, strict=True):
-        spent = _seconds(one, num_bytes, mesh, cluster)
-        found[one.index] = found.get(one.index, 0.0) + spent
+    spent = _seconds(unfolded, fused, mesh, cluster)
+    for one, seconds in zip(unfolded.instructions, spent, strict=True):
+        found[one.index] = found.get(one.index, 0.0) + seconds
     return found
 
 
-def _seconds(one: Instruction, num_bytes: int, mesh: Mesh, cluster: Cluster) -> float:
-    if one.bodies:
-        return one.trips * sum(
-            sum(
-                _op_seconds(
-                    body, fusion(body, HABITS[cluster.device.platform]), mesh, cluster
-                ).values()
+def _seconds(
+    unfolded: Unfolded, fused: Fusion, mesh: Mesh, cluster: Cluster
+) -> Iterator[float]:
+    """Of every instruction, bodies and collectives too."""
+    device = cluster.device
+    works = kernel_works(unfolded, fused, mesh, device)
+    for one, work in zip(unfolded.instructions, works, strict=True):
+        if one.bodies:
+            habits = HABITS[device.platform]
+            inner = (
+                _op_seconds(body, fusion(body, habits), mesh, cluster)
+                for body in one.bodies
             )
-            for body in one.bodies
-        )
-    if one.step and one.step.wire_bytes:
-        return step_seconds(one.step, mesh, cluster)
-    return instruction_work(one, num_bytes, mesh, cluster.device).seconds
+            yield one.trips * sum(sum(body.values()) for body in inner)
+        elif one.step and one.step.wire_bytes:
+            yield step_seconds(one.step, mesh, cluster)
+        else:
+            yield work.seconds

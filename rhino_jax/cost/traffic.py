@@ -11,42 +11,80 @@ read once. Two things share the pass they come from:
 
 Batch norm does neither: it reads its input for the statistics, and again for the rest.
 
-Read off kernels that XLA made of GPT, ViT and ResNet steps for an H100.
+On a TPU, what is made of a product's result is made in the product's kernel
+(:mod:`rhino_jax.cost.guests`), an elementwise kernel shares the pass of another that it
+reads, and an element costs as much as one of 4 bytes, however narrow it is:
+``habits.lane_bytes``.
+
+Read off kernels that XLA made of GPT, ViT and ResNet steps for an H100 and a v5e.
 """
 
 from __future__ import annotations
 
-from rhino_jax.cost.buffers import FUSED, REDUCING, Instruction, Unfolded
+from dataclasses import dataclass
+
+from rhino_jax.cost.buffers import FUSED, REDUCING, Buffer, Instruction, Unfolded
 from rhino_jax.cost.fusion import Fusion, sources_of
+from rhino_jax.cost.guests import guests, swallowed
+from rhino_jax.cost.habits import PLAIN, Habits
 from rhino_jax.cost.instructions import PARTIAL_READERS, PRODUCTS, updates
 
 LOOP, ROWS = "loop", "rows"
 
 
-def traffic(unfolded: Unfolded, fused: Fusion) -> tuple[int, ...]:
-    """Bytes that each instruction moves: 0 for what is part of another's kernel.
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that an instruction moves: 0 for what is made where it is read.
+
+    ``kernel`` is the instruction (its number) whose kernel it is part of: its own,
+    unless it is a guest.
+    """
+
+    num_bytes: int
+    kernel: int
+
+
+def traffic(
+    unfolded: Unfolded, fused: Fusion, habits: Habits = PLAIN
+) -> tuple[Moved, ...]:
+    """What each instruction moves, and in which kernel.
 
     Collectives and instructions with bodies (priced by what is in them) move none
     here. Linear in instructions and what they read.
     """
-    work = _Passes(unfolded, fused)
-    return tuple(map(work.moved, unfolded.instructions))
+    work = _Passes(unfolded, fused, habits)
+    moved = map(work.moved, range(len(unfolded.instructions)))
+    return tuple(Moved(n, work.host.get(i, i)) for i, n in enumerate(moved))
+
+
+def _widened(buffer: Buffer, lane_bytes: int) -> int:
+    """How often its bytes count where elements take ``lane_bytes`` at least."""
+    return max(1, round(lane_bytes / buffer.item_bytes))
 
 
 class _Passes:
     """Which pass every buffer is there for, as far as instructions were seen."""
 
-    def __init__(self, unfolded: Unfolded, fused: Fusion) -> None:
+    def __init__(self, unfolded: Unfolded, fused: Fusion, habits: Habits) -> None:
+        self.unfolded = unfolded
         self.fused = fused
+        self.host = guests(unfolded, fused) if habits.products_fuse else {}
+        self.chains = habits.products_fuse
+        self.swallowed = swallowed(unfolded, fused, self.host)
         self.size = [buffer.num_bytes for buffer in unfolded.buffers]
+        wide = habits.lane_bytes
+        self.times = [_widened(buffer, wide) for buffer in unfolded.buffers]
         self.ready = [0] * len(self.size)
         self.lane = [LOOP] * len(self.size)
         self.looped: dict[int, int] = {}
         """Buffers that an elementwise kernel writes -> its pass."""
         self.seen: dict[tuple[int, int, str], int] = {}
 
-    def moved(self, at: Instruction) -> int:
-        written = [b for b in at.writes if self.fused.written[b]]
+    def moved(self, number: int) -> int:
+        at = self.unfolded.instructions[number]
+        written = [
+            b for b in at.writes if self.fused.written[b] and b not in self.swallowed
+        ]
         if at.bodies or (at.step and at.step.wire_bytes):
             self.put(at, 1 + self.latest(at))
             return 0
@@ -58,7 +96,8 @@ class _Passes:
         if at.writes and not written:
             self.put(at, self.latest(at), self.lane_of(at))
             return 0
-        return self.kernel(at) + sum(self.size[b] for b in written)
+        made = sum(self.times[b] * self.size[b] for b in written)
+        return self.kernel(number) + made
 
     def read(self, at: Instruction, buffer: int) -> int:
         """What an op of its own reads of an operand: nothing where that was a fused
@@ -68,20 +107,22 @@ class _Passes:
         sources = self.fused.sources[buffer]
         return sum(sources.values()) if at.kind in PRODUCTS else 0
 
-    def kernel(self, at: Instruction) -> int:
-        """What a kernel of its own reads that its pass has not read before."""
+    def kernel(self, number: int) -> int:
+        """What a kernel of its own, or a guest, reads that its pass has not read."""
+        at = self.unfolded.instructions[number]
         made_bytes = sum(self.size[b] for b in at.writes)
         sources = sources_of(at, self.fused.sources, made_bytes)
         over_rows = _over_rows(at)
         inside = {}
-        if at.role == REDUCING:
+        if at.role == REDUCING or self.chains:
             inside = {s: self.looped[s] for s in sources if s in self.looped}
         when = max((inside.get(s, self.ready[s]) for s in sources), default=0)
         lane = ROWS if over_rows else self.lane_of(at)
         read = 0
-        for source, num_bytes in sources.items():
-            if inside.get(source) == when:
+        for source, real_bytes in sources.items():
+            if inside.get(source) == when or self.at_hand(number, source):
                 continue
+            num_bytes = self.times[source] * real_bytes
             key = (source, when, lane)
             read += max(0, num_bytes - self.seen.get(key, 0))
             self.seen[key] = max(num_bytes, self.seen.get(key, 0))
@@ -89,6 +130,13 @@ class _Passes:
         if at.role == FUSED and lane == LOOP:
             self.looped.update(dict.fromkeys(at.writes, when))
         return read
+
+    def at_hand(self, number: int, source: int) -> bool:
+        """Whether a guest finds a buffer in the kernel that it is part of."""
+        if number not in self.host:
+            return False
+        maker = self.unfolded.writer[source]
+        return self.host.get(maker, maker) == self.host[number]
 
     def latest(self, at: Instruction) -> int:
         return max((self.ready[b] for b in at.reads), default=0)

@@ -93,11 +93,15 @@ def elementwise(kind: str, f: Any, shape: tuple[int, ...], dtype: str) -> Kernel
 
 
 def summed(shape: tuple[int, ...], dtype: str, axis: int) -> Kernel:
-    """A sum over one axis of a matrix."""
+    """A sum of squares over one axis of a matrix.
+
+    Of squares: the TPU's compiler prices a reduction that stands alone, and is fused
+    with nothing, 1.7 times as high as those of real programs.
+    """
     size = math.prod(shape) * jnp.dtype(dtype).itemsize
 
     def f(x: Any) -> Any:
-        return x.sum(axis)
+        return (x * x).sum(axis)
 
     curve = COLUMNS if axis == 0 else REDUCTION
     return Kernel(f"sum over {axis}", f, (shape,), dtype, 0, size, (), curve, (size,))
@@ -214,8 +218,8 @@ GRIDS: Mapping[str, Grid] = {
     ),
     TPU: Grid(
         ("bfloat16",),
-        (128, 512, 2048, 8192),
-        (8, 128),
+        (128, 512, 1024, 2048, 8192),
+        (8, 64, 256),
         (64, 256, 1024),
         tuple(4**n for n in range(7, 15)),
         32768,

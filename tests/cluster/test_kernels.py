@@ -56,4 +56,8 @@ def test_what_stands_in_for_what_is_not_known() -> None:
         known.share(OPERANDS, "", (1e6,)) == known.share(REDUCTION, "", (1e6,)) == 0.9
     )
     typed = Kernels((CUBE,), 0.0, "")
+    product = (1.0, 64.0, 64.0, 64.0)
+    assert typed.share(CONVOLUTION, "f32", product) == typed.share(
+        PRODUCT, "f32", product
+    )
     assert typed.share(PRODUCT, "f32", (1.0, 64.0, 64.0, 64.0)) == pytest.approx(0.4)

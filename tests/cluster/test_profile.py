@@ -84,7 +84,7 @@ BAD: list[tuple[Callable[[Any], object], str]] = [
     (lambda d: d["curves"][0]["axes"].pop(), "2 axes, a product has 3"),
     (lambda d: d["curves"][2]["axes"][0].reverse(), "ascending"),
     (lambda d: d["curves"][2].update(kind="elementwize"), "no curve of elementwise"),
-    (lambda d: d["curves"].pop(1), "no curve of convolution"),
+    (lambda d: d["curves"].pop(0), "no curve of product"),
     (lambda d: d["collectives"][0].update(count=1), "at least 2 devices"),
     (lambda d: d["collectives"][0].update(points=[[9, 2], [10, 1]]), "must not fall"),
     (lambda d: d["collectives"][0].update(kind="all-sum"), "kind 'all-sum'"),

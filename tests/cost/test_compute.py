@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import jax
@@ -15,9 +16,11 @@ from rhino_jax.cluster.hardware import CATALOGUE
 from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cost.buffers import unfold
 from rhino_jax.cost.compute import (
+    CONVOLVED_LETTERS,
     Work,
     op_flops,
     op_work,
+    product_size,
     work_of,
 )
 from rhino_jax.cost.fusion import fusion
@@ -255,3 +258,18 @@ def test_a_products_share_is_that_of_its_size() -> None:
     )
     found = op_work(PRODUCT, op, rule, Choice(), ONE, device)
     assert found.seconds == pytest.approx(2 * 8 * 4 * 6 / 0.1)
+
+
+def test_a_convolution_is_a_product() -> None:
+    def conv(x: jax.Array, w: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=numbers
+        )
+
+    of, _ = traced_whole(conv, f32(4, 16, 16, 8), f32(3, 3, 8, 32))
+    op = next(op for op in of.ops if op.kind == "conv_general_dilated")
+    rule = rule_of(of, op)
+    size = product_size(rule, Choice(), ONE, CONVOLVED_LETTERS)
+    assert size == (1, 4 * 16 * 16, 3 * 3 * 8, 32)
+    assert op_flops(op, rule, Choice(), ONE) == 2 * math.prod(size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,7 @@ from rhino_jax.rules import rule_of
 from rhino_jax.search.choose import plan_recipe
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import Traced
-from tests.cost.plans import planned, trained
+from tests.cost.plans import LAYERS, planned, trained
 from tests.ir.analysis.steps import zoo
 
 
@@ -42,10 +43,31 @@ def test_the_parts_make_the_whole(recipe: str) -> None:
     assert found.memory == memory(of, assignment, mesh, rule_of, donated, habits)
     assert found.peak_bytes == found.memory.peak_bytes
     assert found.fits
-    cluster = parse_cluster("h100:1x4")
     steps = [s for move in assignment.moves() for s in move.steps if s.wire_bytes]
-    priced = [(step.kind, step_seconds(step, mesh, cluster)) for step in steps]
-    assert [(one.kind, one.seconds) for one in found.collectives] == priced
+    cluster = parse_cluster("h100:1x4")
+    for one, step in zip(found.collectives, steps, strict=True):
+        assert (one.kind, one.wire_bytes) == (step.kind, step.wire_bytes)
+        assert 0 < one.seconds <= step_seconds(step, mesh, cluster) * (1 + 1e-9)
+
+
+def test_what_a_compiler_combines_waits_once() -> None:
+    mesh = Mesh.of(data=4)
+    of, assignment = trained().program, planned("data_parallel", mesh)
+    steps = [s for move in assignment.moves() for s in move.steps if s.wire_bytes]
+    found = predicted("data_parallel", 4).collectives
+    _, *gradients = found
+    assert len(gradients) == LAYERS
+    *_, before, last = gradients
+    two = replace(steps[-1], wire_bytes=before.wire_bytes + last.wire_bytes)
+    gpus = parse_cluster("h100:1x4")
+    assert before.seconds + last.seconds == pytest.approx(step_seconds(two, mesh, gpus))
+    alone = sum(step_seconds(step, mesh, gpus) for step in steps)
+    assert sum(one.seconds for one in found) < 0.6 * alone
+    tpu = parse_cluster("v5e:2x2")
+    apart = predict(of, assignment, mesh, tpu, rule_of).collectives
+    assert [one.seconds for one in apart] == pytest.approx(
+        [step_seconds(step, mesh, tpu) for step in steps]
+    ), "a compiler of which that is not known"
 
 
 def test_a_device_too_small_does_not_fit() -> None:

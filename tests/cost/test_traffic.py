@@ -19,7 +19,7 @@ ROW, COLUMN = 256 * 4, 64 * 4
 
 def moved(of: Program) -> tuple[int, ...]:
     unfolded = unfold(of, whole(of), ONE, rule_of)
-    return traffic(unfolded, fusion(unfolded))
+    return tuple(one.num_bytes for one in traffic(unfolded, fusion(unfolded)))
 
 
 def summed(read: int, made: int, axis: int) -> tuple[object, ...]:
@@ -151,4 +151,6 @@ def test_traffic_is_that_of_the_definition(
     number = {b.value: n for n, b in enumerate(unfolded.buffers)}
     used = range(len(of.values))
     real = tuple(v not in number or fused.written[number[v]] for v in used)
-    assert sum(traffic(unfolded, fused)) == definition(of, sizes, real)
+    assert sum(one.num_bytes for one in traffic(unfolded, fused)) == definition(
+        of, sizes, real
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.profile import MEASURED, Profile
 from rhino_jax.errors import ProfileError
 from rhino_jax.profiling.grid import Grid
+from rhino_jax.profiling.live import core_seconds
 from rhino_jax.profiling.make import measured_profile
 
 SMALL = Grid(
@@ -32,8 +34,13 @@ SMALL = Grid(
 def found() -> Profile:
     told: list[str] = []
     profile = measured_profile(
-        jax.devices()[:2], lambda what, done, total: told.append(what), SMALL
+        jax.devices()[:2],
+        lambda what, done, total: told.append(what),
+        SMALL,
+        passes=2,
+        clock=core_seconds,
     )
+    assert told.count("product float32") >= 2 * 2**3, "all sides, twice"
     assert "product float32" in told and "all-reduce among 2" in told
     return profile
 
@@ -44,6 +51,14 @@ def test_it_is_a_profile(found: Profile) -> None:
     kinds = {one.fit.kind for one in found.collectives}
     assert len(kinds) == 5 and {one.fit.count for one in found.collectives} == {2}
     assert dict(found.figures)["f32_flops_per_second"] > 1e5
+
+
+def test_cores_work_for_this_process_or_for_others() -> None:
+    began, waited = core_seconds(), threading.Event().wait(0.2)
+    assert not waited and core_seconds() - began < 0.2
+    began = core_seconds()
+    while core_seconds() == began:
+        pass  # its own work moves the clock
 
 
 def test_plans_are_priced_with_it(found: Profile, tmp_path: Path) -> None:
