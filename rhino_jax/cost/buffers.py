@@ -417,8 +417,18 @@ def _turn(
     program = frame.program
     work = _Unfolding(outer.mesh, outer.rule_of, outer.habits)
     inside = work.enter(program, assignment)
-    given = [(v, layout) for v, held in frame.versions.items() for layout in held]
-    inputs = [inside.put(v, layout) for v, layout in given]
+    given, inputs = [], []
+    for v, held_as in frame.versions.items():
+        made_by = program.producer.get(v)
+        op = None if made_by is None else program.ops[made_by]
+        for layout in held_as:
+            buffer = inside.put(v, layout)
+            if op and op.kind == "broadcast_in_dim" and _literal(program, op):
+                made = Instruction(op.kind, FUSED, (), (buffer,), program, 0, op)
+                work.emit(made)  # compilers sink it into the loop
+            else:
+                given.append((v, layout))
+                inputs.append(buffer)
     work.ops(inside, assignment, loop.ops)
     outputs, stacked = [], []
     for move in leaving:
@@ -451,6 +461,10 @@ def _turn(
         tuple(work.pinned),
     )
     return simplified(body, work.habits), given
+
+
+def _literal(program: Program, op: Op) -> bool:
+    return program.values[op.operands[0]].literal is not None
 
 
 def _renames(program: Program, op: Op) -> bool:

@@ -12,6 +12,9 @@ began (all then run where that stands).
 one library call that adds (``beta = 1``). It waits for what it is added to: the logits'
 gradient of a tied embedding is kept until the look-up's gradient is there too.
 
+**Gradients of weights.** Nothing waits for them but the optimizer, so they run last,
+and all that they read stands until then.
+
 **Products that a loop stores.** They run at the end of its body.
 
 **Loops that store what they reduce.** Their first turn is peeled off
@@ -23,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rhino_jax.cost.buffers import Unfolded
-from rhino_jax.cost.instructions import ADDS, STORE, Instruction
+from rhino_jax.cost.instructions import ADDS, PRODUCTS, STORE, Instruction
 from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 
 CONVERTS = frozenset(("convert_element_type",))
@@ -116,6 +119,33 @@ def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
             reader = _only_reader(unfolded, made)
         if reader is not None and unfolded.instructions[reader].kind == STORE:
             found.update(dict.fromkeys((*chain, reader), end))
+    return found
+
+
+def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
+    """Matrix products that no other product waits for -> the last product.
+
+    The gradients of weights: what follows them (the optimizer) follows all products.
+    Conversions and reductions between run there too. A barrier keeps its place, and so
+    do convolutions, most of which were seen to run as soon as they can.
+    """
+    products = [i for i, x in enumerate(unfolded.instructions) if x.kind in PRODUCTS]
+    last = products[-1] if products else -1
+    held = {*unfolded.pinned}
+    found: dict[int, int] = {}
+    for index, instruction in enumerate(unfolded.instructions):
+        if instruction.kind != "dot_general":
+            continue
+        chain, (made,) = [index], instruction.writes
+        reader = _only_reader(unfolded, made)
+        while reader is not None and _passes_on(unfolded.instructions[reader]):
+            chain.append(reader)
+            if made in held:
+                break
+            (made,) = unfolded.instructions[reader].writes
+            reader = _only_reader(unfolded, made)
+        if made not in held and min(unfolded.readers[made], default=-1) > last:
+            found.update(dict.fromkeys(chain, last))
     return found
 
 
