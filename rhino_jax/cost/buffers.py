@@ -419,16 +419,16 @@ def _turn(
     inside = work.enter(program, assignment)
     given, inputs = [], []
     for v, held_as in frame.versions.items():
-        made_by = program.producer.get(v)
-        op = None if made_by is None else program.ops[made_by]
+        at = program.producer.get(v)
+        op = None if at is None else program.ops[at]
         for layout in held_as:
             buffer = inside.put(v, layout)
-            if op and op.kind == "broadcast_in_dim" and _literal(program, op):
-                made = Instruction(op.kind, FUSED, (), (buffer,), program, 0, op)
-                work.emit(made)  # compilers sink it into the loop
-            else:
-                given.append((v, layout))
-                inputs.append(buffer)
+            made = op and Instruction(op.kind, FUSED, (), (buffer,), program, 0, op)
+            if made and made.constant is not None:  # compilers make it in the loop
+                work.emit(made)
+                continue
+            given.append((v, layout))
+            inputs.append(buffer)
     work.ops(inside, assignment, loop.ops)
     outputs, stacked = [], []
     for move in leaving:
@@ -461,10 +461,6 @@ def _turn(
         tuple(work.pinned),
     )
     return simplified(body, work.habits), given
-
-
-def _literal(program: Program, op: Op) -> bool:
-    return program.values[op.operands[0]].literal is not None
 
 
 def _renames(program: Program, op: Op) -> bool:

@@ -22,6 +22,7 @@ from rhino_jax.cost.order import (
     gradients_at_end,
     kept_at_end,
     products_at,
+    side_inputs,
     stores_reduced,
 )
 from rhino_jax.cost.placement import Span
@@ -136,9 +137,19 @@ class Held:
         self.bytes_at = [held[i] + self.inside.get(i, 0) for i in range(end)]
 
     def stays(self) -> Iterator[tuple[int, int, int]]:
-        """Bytes of every buffer, and its first and last instruction."""
+        """Bytes of every memory, and its first and last instruction.
+
+        Buffers written over one another in place are one memory.
+        """
+        shared = self.lives.shared
+        later = set(shared.values())
         for buffer, birth in self.born.items():
-            yield self.unfolded.buffers[buffer].num_bytes, birth, self.dies[buffer]
+            if buffer in later:
+                continue
+            last = buffer
+            while last in shared:
+                last = shared[last]
+            yield self.unfolded.buffers[buffer].num_bytes, birth, self.dies[last]
 
     def spans(
         self,
@@ -240,13 +251,13 @@ class Lives:
         born, dies: the first and the last. One that is written over in place dies
             before the instruction that does so.
         uses: where it is read, where compilers run the readers.
-        shared: those that are written over in place.
+        shared: those that are written over in place, and what by.
     """
 
     born: dict[int, int]
     dies: dict[int, int]
     uses: dict[int, list[int]]
-    shared: frozenset[int]
+    shared: dict[int, int]
 
 
 def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
@@ -270,6 +281,9 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
         for buffer in instruction.writes:
             if fused.written[buffer]:
                 born[buffer] = dies[buffer] = place
+    for buffer, place in side_inputs(unfolded).items() if habits.late_products else ():
+        if buffer in born:
+            dies[buffer], uses[buffer] = place, [place]
     taken = {}
     for i, o in unfolded.same:
         before, after = unfolded.inputs[i], unfolded.outputs[o]
@@ -284,7 +298,7 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
         (product,) = unfolded.instructions[index].writes
         if unfolded.readers[product] == (late[index],):
             dies[product] = born[product] - 1
-    shared = set()
+    shared: dict[int, int] = {}
     for index, instruction in enumerate(unfolded.instructions):
         if index in runs:  # a combined collective copies
             continue
@@ -292,8 +306,8 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
             if read in born and dies[read] == index and made in born:
                 if dies[made] >= born[made]:
                     dies[read] = index - 1
-                    shared.add(read)
-    return Lives(born, dies, uses, frozenset(shared))
+                    shared[read] = made
+    return Lives(born, dies, uses, shared)
 
 
 def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:

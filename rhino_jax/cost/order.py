@@ -12,6 +12,8 @@ began (all then run where that stands).
 one library call that adds (``beta = 1``). It waits for what it is added to: the logits'
 gradient of a tied embedding is kept until the look-up's gradient is there too.
 
+**Convolutions that add.** Of two that are added the later one adds the other.
+
 **Gradients of weights.** Nothing waits for them but the optimizer, so they run last,
 and all that they read stands until then.
 
@@ -101,6 +103,26 @@ def products_at(unfolded: Unfolded) -> dict[int, int]:
     return found
 
 
+def side_inputs(unfolded: Unfolded) -> dict[int, int]:
+    """Buffer -> the convolution that adds it to its own result (cuDNN's side input).
+
+    It is then not needed by what reads the sum.
+    """
+    found: dict[int, int] = {}
+    for index, instruction in enumerate(unfolded.instructions):
+        if instruction.kind != "conv_general_dilated":
+            continue
+        (made,) = instruction.writes
+        reader = _only_reader(unfolded, made)
+        if reader is None or unfolded.instructions[reader].kind not in ADDS:
+            continue
+        for other in unfolded.instructions[reader].reads:
+            ready = -1 < unfolded.writer[other] < index
+            if ready and _only_reader(unfolded, other) == reader:
+                found[other] = index
+    return found
+
+
 def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
     """Products of a loop's body that are only stored -> the end of the body.
 
@@ -134,7 +156,7 @@ def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
     held = {*unfolded.pinned}
     found: dict[int, int] = {}
     for index, instruction in enumerate(unfolded.instructions):
-        if instruction.kind != "dot_general":
+        if not _multiplies_matrices(instruction):
             continue
         chain, (made,) = [index], instruction.writes
         reader = _only_reader(unfolded, made)
@@ -147,6 +169,16 @@ def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
         if made not in held and min(unfolded.readers[made], default=-1) > last:
             found.update(dict.fromkeys(chain, last))
     return found
+
+
+def _multiplies_matrices(instruction: Instruction) -> bool:
+    """A matrix product, or the gradient of a convolution's 1 x 1 filter."""
+    if instruction.kind == "dot_general":
+        return True
+    if instruction.kind != "conv_general_dilated" or instruction.op is None:
+        return False
+    (value,) = instruction.program.result_values(instruction.op)
+    return sum(size > 1 for size in value.shape) <= 2
 
 
 def stores_reduced(body: Unfolded) -> bool:

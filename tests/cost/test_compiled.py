@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -93,7 +94,7 @@ def test_stays_of_one_buffer_do_not_overlap_and_serve_every_reader() -> None:
     assert count > 1
     for buffer in one.born:
         stays = sorted((s.first, s.last) for s in stands if s.buffer == buffer)
-        assert all(a[1] < b[0] for a, b in zip(stays, stays[1:], strict=False))
+        assert all(a[1] < b[0] for a, b in itertools.pairwise(stays))
         for use in one.lives.uses.get(buffer, ()):
             assert any(first <= use <= last for first, last in stays)
         for source in {s for x in stands if x.buffer == buffer for s in x.sources}:

@@ -15,8 +15,8 @@ from rhino_jax.cost.buffers import Unfolded, unfold
 from rhino_jax.cost.fusion import fusion
 from rhino_jax.cost.habits import HABITS, Habits
 from rhino_jax.cost.instructions import PLACES
-from rhino_jax.cost.memory import memory
-from rhino_jax.cost.order import kept_at_end
+from rhino_jax.cost.memory import Held, memory, memory_of
+from rhino_jax.cost.order import gradients_at_end, kept_at_end, side_inputs
 from rhino_jax.cost.tiles import flat_bytes, tiled_bytes
 from rhino_jax.rules import rule_of
 from tests.cost.plans import ONE, f32, traced_whole
@@ -145,3 +145,61 @@ def test_arguments_are_padded_on_a_tpu(platform: str, padded: bool) -> None:
     plain = replace(HABITS[platform], workspace_bytes=0)
     held = memory(found, assignment, ONE, rule_of, (), plain)
     assert held.input_bytes == (256 * 8 * 4 if padded else 130 * 5 * 4)
+
+
+def step(w: jax.Array, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A layer's two gradients, and what is done with that of its weights."""
+    grad, back = x.T @ g, g @ w.T
+    again = jnp.tanh(back @ w)
+    return w - 0.1 * grad, again
+
+
+def test_gradients_of_weights_wait_for_the_last_product() -> None:
+    found = unfolded_of(GPU, step, f32(64, 64), f32(64, 64), f32(64, 64))
+    products = [i for i, x in enumerate(found.instructions) if x.kind == "dot_general"]
+    first, _, last = products
+    assert gradients_at_end(found) == {first: last, last: last}
+    held = memory_of(Held(found, fusion(found, GPU), GPU))
+    early = replace(GPU, stores_last=False)
+    assert held.peak_bytes >= memory_of(Held(found, fusion(found), early)).peak_bytes
+
+
+def test_a_barrier_holds_a_gradient_where_it_is() -> None:
+    def held(w: jax.Array, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        grad, g = jax.lax.optimization_barrier((x.T @ g, g))
+        again = jnp.tanh((g @ w.T) @ w)
+        return w - 0.1 * grad, again
+
+    found = unfolded_of(GPU, held, f32(64, 64), f32(64, 64), f32(64, 64))
+    first = kinds(found).index("dot_general")
+    assert first not in gradients_at_end(found)
+
+
+def convolved(x: jax.Array, w: jax.Array) -> jax.Array:
+    kept = jnp.tanh(x)
+    one, two = (
+        jax.lax.conv_general_dilated(
+            y, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        for y in (x, kept)
+    )
+    return jnp.sum(jnp.maximum(one + two, 0.0))
+
+
+def test_the_later_of_two_convolutions_adds_the_other() -> None:
+    found = unfolded_of(GPU, convolved, f32(2, 8, 8, 4), f32(3, 3, 4, 4))
+    first, later = (
+        i for i, x in enumerate(found.instructions) if x.kind == "conv_general_dilated"
+    )
+    (made,) = found.instructions[first].writes
+    assert side_inputs(found) == {made: later}
+
+
+def test_a_broadcast_literal_is_made_in_the_loop_that_reads_it() -> None:
+    def fun(x: jax.Array) -> jax.Array:
+        base = jnp.full(x.shape, 2.0)
+        return jax.lax.fori_loop(0, 3, lambda _, c: jnp.tanh(c @ base), x)
+
+    found = unfolded_of(GPU, fun, f32(64, 64))
+    (full,) = [x.writes[0] for x in found.instructions if x.constant == 2.0]
+    assert not fusion(found, GPU).written[full]
