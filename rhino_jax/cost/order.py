@@ -14,8 +14,9 @@ gradient of a tied embedding is kept until the look-up's gradient is there too.
 
 **Convolutions that add.** Of two that are added the later one adds the other.
 
-**Gradients of weights.** Nothing waits for them but the optimizer, so they run last,
-and all that they read stands until then.
+**Gradients of weights.** Nothing waits for them but a reduction over devices, and for
+that the optimizer: they run last, and all that they read stands until then. (With
+nothing to reduce they run as soon as they can.)
 
 **Products that a loop stores.** They run at the end of its body.
 
@@ -145,11 +146,12 @@ def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
 
 
 def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
-    """Matrix products that no other product waits for -> the last product.
+    """Matrix products to be reduced that no product waits for -> the last product.
 
-    The gradients of weights: what follows them (the optimizer) follows all products.
-    Conversions and reductions between run there too. A barrier keeps its place, and so
-    do convolutions, most of which were seen to run as soon as they can.
+    The gradients of weights, where they are reduced over devices: what follows them
+    (the optimizer) follows all products. Conversions and reductions between run there
+    too. A barrier keeps its place, and so do convolutions of larger filters, which were
+    seen to run as soon as they can.
     """
     products = [i for i, x in enumerate(unfolded.instructions) if x.kind in PRODUCTS]
     last = products[-1] if products else -1
@@ -166,7 +168,9 @@ def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
                 break
             (made,) = unfolded.instructions[reader].writes
             reader = _only_reader(unfolded, made)
-        if made not in held and min(unfolded.readers[made], default=-1) > last:
+        reduced = any(unfolded.instructions[i].kind in COMBINED for i in chain)
+        after = min(unfolded.readers[made], default=-1) > last
+        if reduced and after and made not in held:
             found.update(dict.fromkeys(chain, last))
     return found
 

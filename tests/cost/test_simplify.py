@@ -15,11 +15,13 @@ from rhino_jax.cost.buffers import Unfolded, unfold
 from rhino_jax.cost.fusion import fusion
 from rhino_jax.cost.habits import HABITS, Habits
 from rhino_jax.cost.instructions import PLACES
-from rhino_jax.cost.memory import Held, memory, memory_of
+from rhino_jax.cost.memory import Held, memory
 from rhino_jax.cost.order import gradients_at_end, kept_at_end, side_inputs
 from rhino_jax.cost.tiles import flat_bytes, tiled_bytes
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.steps import ALL_REDUCE
 from rhino_jax.rules import rule_of
-from tests.cost.plans import ONE, f32, traced_whole
+from tests.cost.plans import ONE, f32, planned, traced_whole, trained
 
 TPU, GPU, CPU = HABITS["tpu"], HABITS["cuda"], HABITS["cpu"]
 
@@ -147,32 +149,28 @@ def test_arguments_are_padded_on_a_tpu(platform: str, padded: bool) -> None:
     assert held.input_bytes == (256 * 8 * 4 if padded else 130 * 5 * 4)
 
 
-def step(w: jax.Array, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A layer's two gradients, and what is done with that of its weights."""
-    grad, back = x.T @ g, g @ w.T
-    again = jnp.tanh(back @ w)
-    return w - 0.1 * grad, again
+def trained_on(devices: int, habits: Habits) -> Unfolded:
+    mesh = Mesh.of(data=devices)
+    assignment = planned("data_parallel", mesh)
+    return unfold(trained().program, assignment, mesh, rule_of, (), habits)
 
 
-def test_gradients_of_weights_wait_for_the_last_product() -> None:
-    found = unfolded_of(GPU, step, f32(64, 64), f32(64, 64), f32(64, 64))
+def test_gradients_to_be_reduced_wait_for_the_last_product() -> None:
+    found = trained_on(4, GPU)
     products = [i for i, x in enumerate(found.instructions) if x.kind == "dot_general"]
-    first, _, last = products
-    assert gradients_at_end(found) == {first: last, last: last}
-    held = memory_of(Held(found, fusion(found, GPU), GPU))
+    late = gradients_at_end(found)
+    assert set(late.values()) == {products[-1]}
+    reduced = {i for i, x in enumerate(found.instructions) if x.kind == ALL_REDUCE}
+    assert reduced & set(late)
+    # Every gradient of a weight, and no product of the backward pass itself.
+    assert 0 < len(set(late) & set(products)) < len(products)
     early = replace(GPU, stores_last=False)
-    assert held.peak_bytes >= memory_of(Held(found, fusion(found), early)).peak_bytes
+    at_once = Held(found, fusion(found, early), early).peak_bytes
+    assert Held(found, fusion(found, GPU), GPU).peak_bytes >= at_once
 
 
-def test_a_barrier_holds_a_gradient_where_it_is() -> None:
-    def held(w: jax.Array, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-        grad, g = jax.lax.optimization_barrier((x.T @ g, g))
-        again = jnp.tanh((g @ w.T) @ w)
-        return w - 0.1 * grad, again
-
-    found = unfolded_of(GPU, held, f32(64, 64), f32(64, 64), f32(64, 64))
-    first = kinds(found).index("dot_general")
-    assert first not in gradients_at_end(found)
+def test_gradients_that_stay_on_one_device_do_not_wait() -> None:
+    assert not gradients_at_end(trained_on(1, GPU))
 
 
 def convolved(x: jax.Array, w: jax.Array) -> jax.Array:
