@@ -70,7 +70,8 @@ class Predicted:
     """What one step of a plan is predicted to cost, on one device.
 
     ``step_seconds`` is compute and communication one after the other.
-    ``limit_bytes`` is what ``peak_bytes`` had to stay within; ``flops`` are those of
+    ``limit_bytes`` is what ``peak_bytes``, with gaps between buffers, had to stay
+    within; ``flops`` are those of
     matrix products and convolutions. ``byte_seconds`` is what the search would pay for
     a byte less in memory; 0 where memory was no concern.
     """

@@ -424,8 +424,18 @@ def _turn(
     program = frame.program
     work = Unfolding(outer.mesh, outer.rule_of, outer.habits)
     inside = work.enter(program, assignment)
-    given = [(v, layout) for v, held in frame.versions.items() for layout in held]
-    inputs = [inside.put(v, layout) for v, layout in given]
+    given, inputs = [], []
+    for v, held_as in frame.versions.items():
+        at = program.producer.get(v)
+        op = None if at is None else program.ops[at]
+        for layout in held_as:
+            buffer = inside.put(v, layout)
+            made = op and Instruction(op.kind, FUSED, (), (buffer,), program, 0, op)
+            if made and made.constant is not None:  # compilers make it in the loop
+                work.emit(made)
+                continue
+            given.append((v, layout))
+            inputs.append(buffer)
     work.ops(inside, assignment, loop.ops)
     outputs, stacked = [], []
     for move in leaving:

@@ -3,7 +3,8 @@
 Compilers do not write what a fused reader can make again as cheaply as it can read it.
 The rule used here, for a buffer that a *fused* instruction makes:
 
-1. an opaque instruction reads it, or it is an output: it is written;
+1. an opaque instruction reads it, or it is an output: it is written, but for a
+   broadcast literal that a loop reads, which is made inside;
 2. nobody reads it, or one instruction does: it is not written;
 3. several read it: it is not written if that moves hardly more bytes
    (:data:`AGAIN`). Written, it costs a write and a read by each reader but the first,
@@ -60,13 +61,18 @@ def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
     size = [buffer.num_bytes for buffer in unfolded.buffers]
     demanded = [False] * count
     multiplied: set[int] = set()
+
+    def constant(buffer: int) -> bool:
+        at = unfolded.writer[buffer]
+        return at >= 0 and unfolded.instructions[at].constant is not None
+
     for instruction in unfolded.instructions:
         fuses = habits.products_fuse and instruction.kind in PRODUCTS
         if fuses:
             multiplied.update(instruction.reads)
         elif instruction.role == OPAQUE:
             for buffer in instruction.reads:
-                demanded[buffer] = True
+                demanded[buffer] |= not (instruction.bodies and constant(buffer))
     for buffer in (*unfolded.inputs, *unfolded.outputs, *unfolded.pinned):
         demanded[buffer] = True
     written = [True] * count

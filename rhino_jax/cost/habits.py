@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from rhino_jax.cost.tiles import Size, flat_bytes, tiled_bytes
 
 MIB = 2**20
-DEAR = frozenset("tanh erf erfc erf_inv logistic pow".split())
-"""``exp`` is not among them: a softmax is one kernel."""
+DEAR = frozenset("tanh erf erfc erf_inv pow".split())
+"""``exp`` is not among them (a softmax is one kernel), nor is ``logistic``: it is made
+of one."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Habits:
         dear: kinds of ops that are written rather than made twice.
         scatters_windows: the gradient of a max pooling is a scatter to the places of
             the maxima, which stand as 32-bit indices.
+        recomputes: where more stands than the second share of what inputs and outputs
+            leave of the first share of the device's memory, the compiler recomputes;
+            () is never.
         size: bytes of an array, given its shape and dtype.
         lane_bytes: what an element takes at least in a kernel that is no product.
     """
@@ -40,19 +44,33 @@ class Habits:
     products_fuse: bool = False
     dear: frozenset[str] = DEAR
     scatters_windows: bool = False
+    recomputes: tuple[float, ...] = ()
     size: Size = flat_bytes
     lane_bytes: int = 0
+
+    def temporaries_bytes(self, device_bytes: int, fixed_bytes: int) -> int | None:
+        """The most that may stand beside inputs and outputs before it recomputes.
+
+        >>> HABITS["cuda"].temporaries_bytes(100, 20)
+        57
+        """
+        if not self.recomputes:
+            return None
+        device, rest = self.recomputes
+        return int(rest * (device * device_bytes - fixed_bytes))
 
 
 PLAIN = Habits()
 # cuBLAS on Hopper asks for 32 MiB (XLA's s8[33554432]); the thresholds are the
-# defaults of xla_gpu_*_combine_threshold_bytes.
+# defaults of xla_gpu_*_combine_threshold_bytes; 80 % stands in GetSchedulerMemoryLimit,
+# 95 % is the default of xla_gpu_memory_limit_slop_factor.
 _GPU = Habits(
     *(32 * MIB, 30 * MIB),
     late_products=True,
     stores_last=True,
     peels=True,
     scatters_windows=True,
+    recomputes=(0.80, 0.95),
 )
 HABITS: Mapping[str, Habits] = {
     "cuda": _GPU,

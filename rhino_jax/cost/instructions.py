@@ -33,8 +33,9 @@ ACCUMULATE = "accumulate"
 
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot"))
 
-PLACES = "places_of_maxima"
-"""Where in its window each maximum of a pooling stands (see ``cost/simplify.py``)."""
+PLACES, ZEROS = "places_of_maxima", "zeros_to_scatter"
+"""Where in its window each maximum of a pooling stands, and what its gradient is
+scattered into (see ``cost/simplify.py``)."""
 
 ROLES: Mapping[str, str] = {
     **dict.fromkeys((SLICE, MASK, EMBED, STORE, TAKE), FUSED),
@@ -97,6 +98,13 @@ class Instruction:
     @property
     def where(self) -> Where:
         return self.op.where if self.op else Where()
+
+    @property
+    def constant(self) -> complex | None:
+        """What is broadcast, if this is the broadcast of a literal."""
+        if self.kind != "broadcast_in_dim" or self.op is None or self.step is not None:
+            return None
+        return self.program.values[self.op.operands[0]].literal
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ and the carries of a loop. What a body holds at most stands beside its loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -19,10 +19,13 @@ from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import PLAIN, Habits
 from rhino_jax.cost.order import (
     combined_at,
+    gradients_at_end,
     kept_at_end,
     products_at,
+    side_inputs,
     stores_reduced,
 )
+from rhino_jax.cost.placement import Span
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program, Where
@@ -73,12 +76,12 @@ def memory(
         habits: what the compiler adds (:data:`HABITS`).
     """
     unfolded = unfold(program, assignment, mesh, rule_of, donated, habits)
-    return memory_of(unfolded, fusion(unfolded, habits), habits)
+    return memory_of(Held(unfolded, fusion(unfolded, habits), habits))
 
 
-def memory_of(unfolded: Unfolded, fused: Fusion, habits: Habits = PLAIN) -> Memory:
+def memory_of(held: Held) -> Memory:
     """:func:`memory` of what was unfolded already."""
-    held = Held(unfolded, fused, habits)
+    unfolded = held.unfolded
     inputs = sum(unfolded.buffers[b].num_bytes for b in set(unfolded.inputs))
     top = max(held.bytes_at, default=0)
     spot = held.bytes_at.index(top) if top else BEFORE
@@ -106,7 +109,8 @@ class Held:
     def __init__(self, unfolded: Unfolded, fused: Fusion, habits: Habits) -> None:
         self.unfolded = unfolded
         self.fused = fused
-        self.born, self.dies = _lifetimes(unfolded, fused, habits)
+        self.lives = lives(unfolded, fused, habits)
+        self.born, self.dies = self.lives.born, self.lives.dies
         self.within = {
             i: max(
                 (Held(body, fusion(body, habits), habits) for body in one.bodies),
@@ -125,14 +129,60 @@ class Held:
             size = unfolded.buffers[buffer].num_bytes
             change[max(birth, 0)] += size
             change[max(birth, self.dies[buffer] + 1)] -= size
-        for i, body in self.within.items() if habits.peels else ():
-            first = _early_from(unfolded, i, body)
-            if first < i:
-                early = body.before_carry_bytes()
-                change[first] += early
-                change[i] -= early
+        self.early = list(_early(unfolded, self.within)) if habits.peels else []
+        for first, i, size in self.early:
+            change[first] += size
+            change[i] -= size
         *held, _ = accumulate(change)
         self.bytes_at = [held[i] + self.inside.get(i, 0) for i in range(end)]
+
+    def stays(self) -> Iterator[tuple[int, int, int]]:
+        """Bytes of every memory, and its first and last instruction.
+
+        Buffers written over one another in place are one memory.
+        """
+        shared = self.lives.shared
+        later = set(shared.values())
+        for buffer, birth in self.born.items():
+            if buffer in later:
+                continue
+            last = buffer
+            while last in shared:
+                last = shared[last]
+            yield self.unfolded.buffers[buffer].num_bytes, birth, self.dies[last]
+
+    def spans(
+        self,
+        stays: Iterable[tuple[int, int, int]] | None = None,
+        begin: int = 0,
+        early: bool = True,
+    ) -> Iterator[Span]:
+        """Everything beside the inputs with the ticks during which it stands.
+
+        A loop's body has ticks of its own within those of its instruction. ``stays``:
+        of the buffers outside bodies, if not :meth:`stays`. ``early``: with what a
+        peeled loop begins with.
+        """
+        ticks = [begin]
+        for i in range(len(self.bytes_at)):
+            within = self.within.get(i)
+            ticks.append(ticks[-1] + (within.num_ticks if within else 0) + 1)
+        last = len(self.bytes_at) - 1
+        for size, birth, dies in self.stays() if stays is None else stays:
+            if size and dies >= birth:
+                yield Span(size, ticks[max(birth, 0)], ticks[min(dies, last) + 1] - 1)
+        for i, size in self.inside.items():
+            if i in self.within:
+                yield from self.within[i].spans(begin=ticks[i])
+            else:
+                yield Span(size, ticks[i], ticks[i])
+        for first, i, size in self.early if early else ():
+            yield Span(size, ticks[first], ticks[i] - 1)
+
+    @property
+    def num_ticks(self) -> int:
+        bodies = self.within.values()
+        return len(self.bytes_at) + sum(body.num_ticks for body in bodies)
 
     @property
     def peak_bytes(self) -> int:
@@ -171,6 +221,16 @@ class Held:
             yield f"workspace of {instructions[spot].kind}", self.inside[spot]
 
 
+def _early(
+    unfolded: Unfolded, within: Mapping[int, Held]
+) -> Iterator[tuple[int, int, int]]:
+    """Of peeled loops: from where until when how many bytes stand ahead of them."""
+    for i, body in within.items():
+        first = _early_from(unfolded, i, body)
+        if first < i:
+            yield first, i, body.before_carry_bytes()
+
+
 def _early_from(unfolded: Unfolded, loop: int, body: Held) -> int:
     """Where the first turn of a loop may begin: all that it stacks over is there.
 
@@ -183,30 +243,47 @@ def _early_from(unfolded: Unfolded, loop: int, body: Held) -> int:
     return 1 + max((unfolded.writer[b] for b in reads), default=-1)
 
 
-def _lifetimes(
-    unfolded: Unfolded, fused: Fusion, habits: Habits
-) -> tuple[dict[int, int], dict[int, int]]:
-    """When each real buffer but the inputs is first and last held.
+@dataclass(frozen=True)
+class Lives:
+    """When each real buffer but the inputs is held, by instruction.
 
-    ``dies`` is the last instruction whose run needs it. One that is written over in
-    place dies before the instruction that does so.
+    Attributes:
+        born, dies: the first and the last. One that is written over in place dies
+            before the instruction that does so.
+        uses: where it is read, where compilers run the readers.
+        shared: those that are written over in place, and what by.
     """
+
+    born: dict[int, int]
+    dies: dict[int, int]
+    uses: dict[int, list[int]]
+    shared: dict[int, int]
+
+
+def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
+    """Of every real buffer. Near linear in the instructions."""
     end = len(unfolded.instructions)
-    reads = [_real_reads(x, fused) for x in unfolded.instructions]
+    reads = [real_reads(x, fused) for x in unfolded.instructions]
     runs = combined_at(unfolded, reads, habits.combine_bytes)
     late = products_at(unfolded) if habits.late_products else {}
     if habits.stores_last:
+        runs.update(gradients_at_end(unfolded))
         runs.update(kept_at_end(unfolded))
     runs.update(late)
     born: dict[int, int] = {}
     dies: dict[int, int] = dict.fromkeys(unfolded.inputs, BEFORE)
+    uses: dict[int, list[int]] = {}
     for index, instruction in enumerate(unfolded.instructions):
         place = runs.get(index, index)
         for buffer in reads[index]:
             dies[buffer] = max(dies.get(buffer, BEFORE), place)
+            uses.setdefault(buffer, []).append(place)
         for buffer in instruction.writes:
             if fused.written[buffer]:
                 born[buffer] = dies[buffer] = place
+    for buffer, place in side_inputs(unfolded).items() if habits.late_products else ():
+        if buffer in born:
+            dies[buffer], uses[buffer] = place, [place]
     taken = {}
     for i, o in unfolded.same:
         before, after = unfolded.inputs[i], unfolded.outputs[o]
@@ -221,6 +298,7 @@ def _lifetimes(
         (product,) = unfolded.instructions[index].writes
         if unfolded.readers[product] == (late[index],):
             dies[product] = born[product] - 1
+    shared: dict[int, int] = {}
     for index, instruction in enumerate(unfolded.instructions):
         if index in runs:  # a combined collective copies
             continue
@@ -228,10 +306,11 @@ def _lifetimes(
             if read in born and dies[read] == index and made in born:
                 if dies[made] >= born[made]:
                     dies[read] = index - 1
-    return born, dies
+                    shared[read] = made
+    return Lives(born, dies, uses, shared)
 
 
-def _real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
+def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
     """The real buffers needed while an instruction runs; none if it makes none."""
     skipped = instruction.role == FUSED and instruction.writes
     if skipped and not any(fused.written[b] for b in instruction.writes):

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.buffers import ACCUMULATE, RuleOf, Unfolded, unfold
 from rhino_jax.cost.collectives import step_seconds
+from rhino_jax.cost.compiled import Compiled, compiled
 from rhino_jax.cost.compute import work_of
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
-from rhino_jax.cost.memory import Memory, memory_of
+from rhino_jax.cost.memory import Held, Memory, memory_of
 from rhino_jax.cost.order import combined_at
 from rhino_jax.cost.ring import handed_on
 from rhino_jax.ir.assignment import Assignment
@@ -52,7 +53,8 @@ class Prediction:
         flops: of matrix products and convolutions on one device.
         memory_traffic_bytes: read and written by all ops but collectives.
         wire_bytes: sent by each device.
-        memory: the peak, and what stands there.
+        memory: the peak, and what stands there, as the program is written.
+        compiled: what a compiler is expected to make of it.
         device_bytes: memory of the device.
         collectives: every collective of the plan, in order.
     """
@@ -66,6 +68,7 @@ class Prediction:
     memory: Memory
     device_bytes: int
     collectives: tuple[PricedCollective, ...]
+    compiled: Compiled
 
     @property
     def peak_bytes(self) -> int:
@@ -73,8 +76,8 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Whether the predicted peak is within the device's memory."""
-        return self.peak_bytes <= self.device_bytes
+        """Whether what the compiled program needs is within the device's memory."""
+        return self.compiled.needed_bytes <= self.device_bytes
 
 
 def predict(
@@ -84,6 +87,7 @@ def predict(
     cluster: Cluster,
     rule_of: RuleOf,
     donated: tuple[int, ...] = (),
+    limit_bytes: int | None = None,
 ) -> Prediction:
     """Seconds and bytes of one step of ``program`` under ``assignment``.
 
@@ -91,6 +95,8 @@ def predict(
         mesh: laid over the whole cluster, row-major.
         rule_of: the look-up of rules (:func:`rhino_jax.rules.rule_of`).
         donated: positions of inputs whose memory outputs may take over.
+        limit_bytes: of the compiled program only this is asked, and only where it is
+            in doubt: whether it is within the limit as it is written.
     """
     mesh = assignment.over(mesh)
     habits = HABITS[cluster.device.platform]
@@ -99,6 +105,8 @@ def predict(
     work = work_of(unfolded, fused, mesh, cluster.device)
     priced = tuple(_collectives(unfolded, fused, mesh, cluster, 1, None))
     comm_seconds = sum(one.total_seconds for one in priced)
+    held = Held(unfolded, fused, habits)
+    memory, device_bytes = memory_of(held), cluster.device.memory_bytes
     return Prediction(
         work.seconds + comm_seconds,
         work.seconds,
@@ -106,9 +114,10 @@ def predict(
         work.flops,
         work.num_bytes,
         sum(one.wire_bytes * one.count for one in priced),
-        memory_of(unfolded, fused, habits),
-        cluster.device.memory_bytes,
+        memory,
+        device_bytes,
         priced,
+        compiled(held, memory, habits, device_bytes, limit_bytes),
     )
 
 

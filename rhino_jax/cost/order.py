@@ -12,6 +12,12 @@ began (all then run where that stands).
 one library call that adds (``beta = 1``). It waits for what it is added to: the logits'
 gradient of a tied embedding is kept until the look-up's gradient is there too.
 
+**Convolutions that add.** Of two that are added the later one adds the other.
+
+**Gradients of weights.** Nothing waits for them but a reduction over devices, and for
+that the optimizer: they run last, and all that they read stands until then. (With
+nothing to reduce they run as soon as they can.)
+
 **Products that a loop stores.** They run at the end of its body.
 
 **Loops that store what they reduce.** Their first turn is peeled off
@@ -23,7 +29,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rhino_jax.cost.buffers import Unfolded
-from rhino_jax.cost.instructions import ADDS, STORE, Instruction
+from rhino_jax.cost.instructions import ADDS, PRODUCTS, STORE, Instruction
 from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 
 CONVERTS = frozenset(("convert_element_type",))
@@ -98,6 +104,26 @@ def products_at(unfolded: Unfolded) -> dict[int, int]:
     return found
 
 
+def side_inputs(unfolded: Unfolded) -> dict[int, int]:
+    """Buffer -> the convolution that adds it to its own result (cuDNN's side input).
+
+    It is then not needed by what reads the sum.
+    """
+    found: dict[int, int] = {}
+    for index, instruction in enumerate(unfolded.instructions):
+        if instruction.kind != "conv_general_dilated":
+            continue
+        (made,) = instruction.writes
+        reader = _only_reader(unfolded, made)
+        if reader is None or unfolded.instructions[reader].kind not in ADDS:
+            continue
+        for other in unfolded.instructions[reader].reads:
+            ready = -1 < unfolded.writer[other] < index
+            if ready and _only_reader(unfolded, other) == reader:
+                found[other] = index
+    return found
+
+
 def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
     """Products of a loop's body that are only stored -> the end of the body.
 
@@ -117,6 +143,46 @@ def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
         if reader is not None and unfolded.instructions[reader].kind == STORE:
             found.update(dict.fromkeys((*chain, reader), end))
     return found
+
+
+def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
+    """Matrix products to be reduced that no product waits for -> the last product.
+
+    The gradients of weights, where they are reduced over devices: what follows them
+    (the optimizer) follows all products. Conversions and reductions between run there
+    too. A barrier keeps its place, and so do convolutions of larger filters, which were
+    seen to run as soon as they can.
+    """
+    products = [i for i, x in enumerate(unfolded.instructions) if x.kind in PRODUCTS]
+    last = products[-1] if products else -1
+    held = {*unfolded.pinned}
+    found: dict[int, int] = {}
+    for index, instruction in enumerate(unfolded.instructions):
+        if not _multiplies_matrices(instruction):
+            continue
+        chain, (made,) = [index], instruction.writes
+        reader = _only_reader(unfolded, made)
+        while reader is not None and _passes_on(unfolded.instructions[reader]):
+            chain.append(reader)
+            if made in held:
+                break
+            (made,) = unfolded.instructions[reader].writes
+            reader = _only_reader(unfolded, made)
+        reduced = any(unfolded.instructions[i].kind in COMBINED for i in chain)
+        after = min(unfolded.readers[made], default=-1) > last
+        if reduced and after and made not in held:
+            found.update(dict.fromkeys(chain, last))
+    return found
+
+
+def _multiplies_matrices(instruction: Instruction) -> bool:
+    """A matrix product, or the gradient of a convolution's 1 x 1 filter."""
+    if instruction.kind == "dot_general":
+        return True
+    if instruction.kind != "conv_general_dilated" or instruction.op is None:
+        return False
+    (value,) = instruction.program.result_values(instruction.op)
+    return sum(size > 1 for size in value.shape) <= 2
 
 
 def stores_reduced(body: Unfolded) -> bool:

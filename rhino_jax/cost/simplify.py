@@ -6,14 +6,13 @@ entropy is the softmax, changed in place where the labels are, and no array of z
 
 **Gradients of max pooling.** GPUs have no select-and-scatter. XLA's expander finds the
 place of every window's maximum, in 32-bit numbers, one for each dimension, beside the
-maximum in float32, and scatters there, into zeros that it makes as early. It does so
-where the pooling itself runs, so all of them stand from the forward to the backward
-pass.
+maximum in float32, and scatters there, into zeros. What is pooled is written, and the
+zeros with it (they are as large: one kernel makes both), so both stand from the forward
+to the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from rhino_jax.cost.habits import Habits
@@ -21,11 +20,13 @@ from rhino_jax.cost.instructions import (
     ADDS,
     OPAQUE,
     PLACES,
+    ZEROS,
     Buffer,
     Instruction,
     Unfolded,
 )
 from rhino_jax.ir.program import itemsize
+from rhino_jax.ir.steps import MASK
 
 WINDOW_GRADIENT = "select_and_scatter_add"
 
@@ -66,16 +67,12 @@ def _scattered_into(unfolded: Unfolded) -> tuple[Instruction, ...]:
 
 
 def _zeros(unfolded: Unfolded, buffer: int) -> bool:
-    """Whether a buffer is a broadcast 0."""
+    """Whether a buffer is a broadcast 0, masked or not."""
     at = unfolded.writer[buffer]
-    if at < 0 or unfolded.instructions[at].op is None:
-        return False
-    one = unfolded.instructions[at]
-    if one.kind != "broadcast_in_dim" or one.step is not None:
-        return False
-    assert one.op is not None
-    literal = one.program.values[one.op.operands[0]].literal
-    return literal is not None and not literal
+    while at >= 0 and unfolded.instructions[at].kind == MASK:
+        at = unfolded.writer[unfolded.instructions[at].reads[0]]
+    value = unfolded.instructions[at].constant if at >= 0 else None
+    return value is not None and not value
 
 
 def _with_places(unfolded: Unfolded) -> Unfolded:
@@ -84,7 +81,7 @@ def _with_places(unfolded: Unfolded) -> Unfolded:
     ]
     if not gradients:
         return unfolded
-    buffers = list(unfolded.buffers)
+    buffers, pinned = list(unfolded.buffers), list(unfolded.pinned)
     instructions: list[list[Instruction]] = [[x] for x in unfolded.instructions]
     for index, one in gradients:
         assert one.op is not None
@@ -92,34 +89,20 @@ def _with_places(unfolded: Unfolded) -> Unfolded:
         value = one.program.values[one.op.operands[0]]
         count = buffers[source].num_bytes / itemsize(value.dtype)
         size = round(4 * count * (1 + len(value.shape)))
+        places, zeros, (made,) = len(buffers), len(buffers) + 1, one.writes
         buffers.append(Buffer(buffers[source].value, size, f"places of {value}"))
-        places, (made,) = len(buffers) - 1, one.writes
         buffers.append(replace(buffers[made], name=f"zeros of {value}"))
-        first = _pooling(unfolded.instructions[:index], pooled, index)
-        instructions[index] = [
-            replace(
-                one,
-                reads=(source, places, places + 1),
-                overwrites=((places + 1, made),),
-            )
-        ]
-        find = replace(
-            one,
-            kind=PLACES,
-            reads=(pooled,),
-            writes=(places, places + 1),
-            op=None,
-            rule=None,
+        pinned += [pooled, zeros]
+        find = replace(one, kind=PLACES, reads=(pooled,), writes=(places,), rule=None)
+        scatter = replace(
+            one, reads=(source, places, zeros), overwrites=((zeros, made),)
         )
+        instructions[index] = [replace(find, op=None), scatter]
+        first = max(0, unfolded.writer[pooled])
+        start = replace(find, kind=ZEROS, reads=(), writes=(zeros,), op=None)
         at = unfolded.instructions[first].index
-        instructions[first].insert(0, replace(find, index=at))
+        instructions[first].append(replace(start, index=at))
     flat = tuple(x for group in instructions for x in group)
-    return replace(unfolded, buffers=tuple(buffers), instructions=flat)
-
-
-def _pooling(before: Sequence[Instruction], pooled: int, otherwise: int) -> int:
-    """The first instruction that pools a buffer."""
-    for index, one in enumerate(before):
-        if one.kind.startswith("reduce_window") and pooled in one.reads:
-            return index
-    return otherwise
+    return replace(
+        unfolded, buffers=tuple(buffers), instructions=flat, pinned=tuple(pinned)
+    )

@@ -114,14 +114,9 @@ def _finding(one: Finding) -> str:
 
 def _memory(found: Witness) -> str:
     ours, theirs = found.prediction.memory, found.facts.memory
-    peak = found.compiled_peak_bytes
+    expected, peak = found.prediction.compiled, found.compiled_peak_bytes
     rows: list[tuple[str, int | str, int | str, str]] = [
-        (
-            "peak",
-            ours.peak_bytes,
-            peak or "not told",
-            f"{ours.peak_bytes / peak:.3f}" if peak else "",
-        )
+        _beside("peak", expected.peak_bytes, peak)
     ]
     if theirs is not None:
         own = theirs.output_bytes - theirs.alias_bytes
@@ -130,7 +125,11 @@ def _memory(found: Witness) -> str:
             ("results of their own", ours.output_bytes, own, ""),
             ("temporaries", ours.temp_bytes, theirs.temp_bytes, ""),
             ("results in arguments' memory", "", theirs.alias_bytes, ""),
-            ("set aside, gaps between buffers included", "", theirs.live_bytes, ""),
+            _beside(
+                "set aside, gaps between buffers included",
+                expected.needed_bytes,
+                theirs.live_bytes,
+            ),
             ("the program itself", "", theirs.generated_code_bytes, ""),
         ]
     words = [
@@ -148,12 +147,22 @@ def _memory(found: Witness) -> str:
         f"predicted that it {said[found.predicted_fits]} {room}; "
         f"by the compiler it {said[found.fits]}",
     ]
+    if expected.recomputed:
+        lines.append(
+            f"{bytes_text(ours.peak_bytes)} as the plan is written: so near the "
+            "device's memory the compiler is expected to recompute by itself"
+        )
     if found.recomputed:
         lines.append(
             f"the compiler recomputes {found.recomputed} instructions by itself to "
             "save memory: without that it would take more"
         )
     return "\n".join(lines)
+
+
+def _beside(what: str, ours: int, theirs: int) -> tuple[str, int, int | str, str]:
+    ratio = f"{ours / theirs:.3f}" if theirs else ""
+    return what, ours, theirs or "not told", ratio
 
 
 def _standing(found: Witness) -> str:

@@ -304,7 +304,7 @@ class _Search:
             yield found
             if self._fits(found):
                 return
-            limit -= found.prediction.peak_bytes - self.wish.limit_bytes
+            limit -= found.prediction.compiled.placed_bytes - self.wish.limit_bytes
             chosen = chosen_segments(segments, limit)
 
     def _recomputing(self, chosen: tuple[int, ...], plain: Candidate) -> Candidate:
@@ -456,6 +456,7 @@ class _Search:
             self.wish.cluster,
             rule_of,
             self.wish.donated,
+            self.wish.limit_bytes,
         )
         return Candidate(
             subject,
@@ -478,7 +479,7 @@ class _Search:
         return [c for c in candidates if self._fits(c)]
 
     def _fits(self, candidate: Candidate) -> bool:
-        return candidate.prediction.peak_bytes <= self.wish.limit_bytes
+        return candidate.prediction.compiled.placed_bytes <= self.wish.limit_bytes
 
     def _infeasible(self) -> InfeasibleError:
         """The bytes short of the nearest plan, and what would make it fit."""
@@ -491,8 +492,8 @@ class _Search:
             return InfeasibleError(
                 problems(asked, self.notes, "Leave microbatches to the search.")
             )
-        near = min(self.considered, key=lambda c: c.prediction.peak_bytes)
-        peak = near.prediction.peak_bytes
+        near = min(self.considered, key=lambda c: c.prediction.compiled.placed_bytes)
+        peak = near.prediction.compiled.placed_bytes
         devices = self.wish.cluster.num_devices
         more = max(2, -(-peak // limit))
         inside = [

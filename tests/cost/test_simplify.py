@@ -15,11 +15,13 @@ from rhino_jax.cost.buffers import Unfolded, unfold
 from rhino_jax.cost.fusion import fusion
 from rhino_jax.cost.habits import HABITS, Habits
 from rhino_jax.cost.instructions import PLACES
-from rhino_jax.cost.memory import memory
-from rhino_jax.cost.order import kept_at_end
+from rhino_jax.cost.memory import Held, memory
+from rhino_jax.cost.order import gradients_at_end, kept_at_end, side_inputs
 from rhino_jax.cost.tiles import flat_bytes, tiled_bytes
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.steps import ALL_REDUCE
 from rhino_jax.rules import rule_of
-from tests.cost.plans import ONE, f32, traced_whole
+from tests.cost.plans import ONE, f32, planned, traced_whole, trained
 
 TPU, GPU, CPU = HABITS["tpu"], HABITS["cuda"], HABITS["cpu"]
 
@@ -145,3 +147,57 @@ def test_arguments_are_padded_on_a_tpu(platform: str, padded: bool) -> None:
     plain = replace(HABITS[platform], workspace_bytes=0)
     held = memory(found, assignment, ONE, rule_of, (), plain)
     assert held.input_bytes == (256 * 8 * 4 if padded else 130 * 5 * 4)
+
+
+def trained_on(devices: int, habits: Habits) -> Unfolded:
+    mesh = Mesh.of(data=devices)
+    assignment = planned("data_parallel", mesh)
+    return unfold(trained().program, assignment, mesh, rule_of, (), habits)
+
+
+def test_gradients_to_be_reduced_wait_for_the_last_product() -> None:
+    found = trained_on(4, GPU)
+    products = [i for i, x in enumerate(found.instructions) if x.kind == "dot_general"]
+    late = gradients_at_end(found)
+    assert set(late.values()) == {products[-1]}
+    reduced = {i for i, x in enumerate(found.instructions) if x.kind == ALL_REDUCE}
+    assert reduced & set(late)
+    # Every gradient of a weight, and no product of the backward pass itself.
+    assert 0 < len(set(late) & set(products)) < len(products)
+    early = replace(GPU, stores_last=False)
+    at_once = Held(found, fusion(found, early), early).peak_bytes
+    assert Held(found, fusion(found, GPU), GPU).peak_bytes >= at_once
+
+
+def test_gradients_that_stay_on_one_device_do_not_wait() -> None:
+    assert not gradients_at_end(trained_on(1, GPU))
+
+
+def convolved(x: jax.Array, w: jax.Array) -> jax.Array:
+    kept = jnp.tanh(x)
+    one, two = (
+        jax.lax.conv_general_dilated(
+            y, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        for y in (x, kept)
+    )
+    return jnp.sum(jnp.maximum(one + two, 0.0))
+
+
+def test_the_later_of_two_convolutions_adds_the_other() -> None:
+    found = unfolded_of(GPU, convolved, f32(2, 8, 8, 4), f32(3, 3, 4, 4))
+    first, later = (
+        i for i, x in enumerate(found.instructions) if x.kind == "conv_general_dilated"
+    )
+    (made,) = found.instructions[first].writes
+    assert side_inputs(found) == {made: later}
+
+
+def test_a_broadcast_literal_is_made_in_the_loop_that_reads_it() -> None:
+    def fun(x: jax.Array) -> jax.Array:
+        base = jnp.full(x.shape, 2.0)
+        return jax.lax.fori_loop(0, 3, lambda _, c: jnp.tanh(c @ base), x)
+
+    found = unfolded_of(GPU, fun, f32(64, 64))
+    (full,) = [x.writes[0] for x in found.instructions if x.constant == 2.0]
+    assert not fusion(found, GPU).written[full]
