@@ -41,7 +41,7 @@ from rhino_jax.cost.tiles import stored_bytes, window_shapes
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
-from rhino_jax.ir.program import WAITS, Op, Program
+from rhino_jax.ir.program import WAITS, Op, Program, itemsize
 from rhino_jax.ir.steps import Move
 
 __all__ = [
