@@ -141,7 +141,9 @@ def _divided(value: Value, place: Place, block: int, count: int) -> Layout | Non
     return None
 
 
-def fed(scans: Scans, program: Program, assignment: Assignment, mesh: Mesh) -> Fed:
+def fed(
+    scans: Scans, program: Program, assignment: Assignment, mesh: Mesh
+) -> Assignment | Uncut:
     """``assignment``, in which the layers are split, with microbatches in its scans.
 
     Where ops of a layer split the examples further than its carry is, smaller blocks
@@ -168,9 +170,6 @@ def fed(scans: Scans, program: Program, assignment: Assignment, mesh: Mesh) -> F
             f"examples that lie together on a device (batch size {size})",
         )
     )
-
-
-Fed = Assignment | Uncut
 
 
 def _data_parts(

@@ -145,6 +145,8 @@ class Ring:
         self.passed = passed(*carries)
         self.added = sorted(accumulators(*carries))
         self.kept = sorted(kept(*carries))
+        handed = [self.program.outputs[i] for i in self.passed]
+        assert [move.value for move in plan.handed] == handed, "the plan hands on else"
         self.turns = self.staged.turns(op.param["length"])
         self.inputs = self._parts(self.program.inputs, self.inner.inputs)
         self.outputs = self._parts(self.program.outputs, self.inner.outputs)
