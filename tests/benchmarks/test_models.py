@@ -245,7 +245,8 @@ def test_relative_buckets_order_and_causality() -> None:
 
 def test_a_recurrence_by_scan_is_one_by_steps() -> None:
     cfg = recurrence.SIZES["tiny"]
-    layer = jax.jit(recurrence.Recurrence(cfg, jnp.float32, jax.random.key(0)))
+    module = recurrence.Recurrence(cfg, jnp.float32, jax.random.key(0))
+    layer = jax.jit(lambda x: module(x))
     x = jax.random.normal(jax.random.key(1), (7, cfg.recurrent))
     whole = layer(x)
     # The first rows do not know of the last; each row goes on from the one before.
