@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from rhino_jax.api.agreeing import group_here
+from rhino_jax.errors import OptionsError
 from rhino_jax.options import Options
 from rhino_jax.plan import Leaf, Plan
 from rhino_jax.trace import Traced
@@ -25,8 +27,17 @@ def following(traced: Traced, plan: Plan, parent: Options, options: Options) -> 
 
     The state of a pipeline lies on several meshes: a step that follows one is planned
     by itself, on all devices, and the state is brought there call by call.
+
+    Raises:
+        OptionsError: ``plan`` is a pipeline on several processes.
     """
     if plan.stages is not None:
+        if group_here(options) is not None:
+            raise OptionsError(
+                f"{traced.program.name} can not follow {plan.program_name}, a pipeline "
+                f"of {plan.stages} on several processes. Decorate {traced.program.name}"
+                f" by itself and hand it {plan.program_name}.fetch(state)"
+            )
         mesh = parent.mesh
         if isinstance(mesh, jax.sharding.Mesh):
             mesh = jax.sharding.Mesh(mesh.devices.reshape(-1), (ALL,))

@@ -193,9 +193,6 @@ class ParallelFunction:
         """Committed arrays that lie elsewhere, moved; the first time with a notice."""
         from rhino_jax.api import placing
 
-        if self._parent is not None and self._parent._entries:
-            parent = self._parent._entries[0].planned.attached()
-            leaves = [parent.on_all_devices(x) for x in leaves]
         found, moved = placing.placed(entry, leaves)
         if moved and not self._noticed:
             self._noticed = True

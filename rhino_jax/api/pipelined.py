@@ -227,17 +227,6 @@ class PipelinePlanned(Planned):
             return state
         return jax.tree.map(self.spreading.back, state, self.in_shardings[0][0])
 
-    def on_all_devices(self, x: Any) -> Any:
-        """See :meth:`Planned.on_all_devices`; on several processes all call."""
-        if self.spreading is None or not isinstance(x, jax.Array):
-            return x
-        return self.spreading.spread(x, x.sharding) if x.sharding in self.homes else x
-
-    @cached_property
-    def homes(self) -> frozenset[Any]:
-        """The shardings of the leaves of stages."""
-        return frozenset(self.input_shardings)
-
     # ---- creating -----------------------------------------------------------------
 
     def create(self, init_fn: Callable[..., Any], given: Sequence[Any]) -> Any:
@@ -270,6 +259,8 @@ class PipelinePlanned(Planned):
             )
             args = jax.tree.map(lambda x, to=everywhere: laid(x, to), tuple(given))
             made = jax.jit(part, out_shardings=[where[i] for i in mine])(*args)
+            if not home.is_fully_addressable:
+                jax.block_until_ready(made)  # one program over processes at a time
             for i, x in zip(mine, made, strict=True):
                 leaves[i] = x
         return jax.tree.unflatten(tree, leaves)

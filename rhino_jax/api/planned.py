@@ -176,10 +176,6 @@ class Planned:
         """The inverse of :meth:`spread`."""
         return state
 
-    def on_all_devices(self, x: Any) -> Any:
-        """A leaf of the state as it can be laid anew on all of the plan's devices."""
-        return x
-
     def shardings(self, layouts: Sequence[Layout]) -> Sequence[Any]:
         """Layouts as JAX's shardings on this plan's devices."""
         if not self.plan.mesh.axes:
