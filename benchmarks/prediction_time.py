@@ -59,7 +59,7 @@ from rhino_jax.trace import Traced
 
 MODELS = ("gpt_scanned", "resnet", "moe")
 SEED, PLANS, WITHIN = 11, 20, 3.0
-TRIES, HELD = 80, 2
+TRIES, HELD = 80, (1, 16)
 PASSES = 1
 """Of the live profile."""
 CLOCKS: Mapping[str, Clock] = {"cores": core_seconds, "wall": time.perf_counter}
@@ -89,10 +89,11 @@ def drawn(traced: Traced, cluster: Cluster, count: int) -> list[Candidate]:
             break
         mesh, pins = rng.choice(meshes), {}
         state = sorted(traced.state_inputs)
-        for place in (rng.choice(traced.batch_inputs), *rng.sample(state, HELD)):
+        held_state = rng.sample(state, min(rng.randint(*HELD), len(state)))
+        for place in (rng.choice(traced.batch_inputs), *held_state):
             pins[subject.input_paths[place]] = _spec(subject.shape(place), mesh, rng)
         held = replace(
-            wish, meshes=(mesh,), microbatches=rng.choice((1, 1, 2)), pins=pins
+            wish, meshes=(mesh,), microbatches=rng.choice((1, 1, 2, 4)), pins=pins
         )
         try:
             one = plan_search(subject, held).best
