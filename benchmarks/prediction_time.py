@@ -51,7 +51,8 @@ from rhino_jax.options import make_options
 from rhino_jax.plan import Plan, make_plan
 from rhino_jax.profiling.live import Clock, core_seconds
 from rhino_jax.profiling.make import measured_profile
-from rhino_jax.search.auto import Candidate, Wish, plan_search
+from rhino_jax.search.auto import plan_search
+from rhino_jax.search.candidates import Candidate, Wish
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.remat import NONE
 from rhino_jax.search.specs import Spec

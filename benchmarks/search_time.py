@@ -19,7 +19,8 @@ from rhino_jax.api.planned import subject_of
 from rhino_jax.api.planning import MARGIN, traced_bare
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.options import make_options
-from rhino_jax.search.auto import Wish, plan_search
+from rhino_jax.search.auto import plan_search
+from rhino_jax.search.candidates import Wish
 from rhino_jax.search.meshes import candidate_meshes
 
 GOAL_SECONDS = {1: 5.0, 2: 20.0}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,13 +11,12 @@ import jax
 from rhino_jax import compat
 from rhino_jax.api.attached import more_memory
 from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
+from rhino_jax.api.competing import fastest
 from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.staging import (
     microbatches_of,
-    network_bound,
     predicted_of,
-    stage_counts,
     stages_of,
     ways_to_cut,
     workers_of,
@@ -39,7 +37,6 @@ from rhino_jax.errors import (
     MeshError,
     OptionsError,
     PinError,
-    RhinoError,
     TraceError,
     problems,
 )
@@ -49,9 +46,10 @@ from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.ir.spans import EVERY, numbers, spans
 from rhino_jax.ir.staged import Staged
-from rhino_jax.options import AUTO, Options
+from rhino_jax.options import Options
 from rhino_jax.plan import Plan, Predicted, make_plan
-from rhino_jax.search.auto import Candidate, Wish, plan_search
+from rhino_jax.search.auto import plan_search
+from rhino_jax.search.candidates import Candidate, Wish
 from rhino_jax.search.choose import default_meshes, plan_recipe, plan_staged
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched, rows_together
@@ -151,76 +149,10 @@ def _check_lowering(traced: Traced, options: Options) -> None:
 
 
 def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
-    """By a search; by several, where stages or their microbatches are left to it."""
-    unasked = options.pipeline_stages is None
-    subject = subject_of(traced)
-    found: list[tuple[float, Planned]] = []
-    said: list[str] = []
-    failed: RhinoError | None = None
-    for stages in _stage_counts(options, cluster):
-        before = min(found, key=_first)[0] if found else math.inf
-        for name, way in _ways(subject, options, stages):
-            try:
-                one = _by_search(traced, way, cluster)
-            except (InfeasibleError, MeshError) as error:
-                failed = failed or error
-                said.append(f"{name} can not be")
-                continue
-            assert one.predicted is not None
-            if unasked and stages is None and not _open(one.predicted, way, cluster):
-                return one
-            seconds = one.predicted.step_seconds
-            said.append(f"{name} {seconds * 1e3:.2f} ms")
-            found.append((seconds, one))
-        if unasked and (not found or min(found, key=_first)[0] >= before):
-            break  # nothing without stages; or more stages idle longer
-    if not found:
-        assert failed is not None
-        raise failed
-    _, best = min(found, key=_first)
-    if len(said) == 1:
-        return best
-    note = f"pipelines compared by prediction: {', '.join(said)}"
-    return replace(best, plan=replace(best.plan, notes=(*best.plan.notes, note)))
+    def plan_one(way: Options) -> Planned:
+        return _by_search(traced, way, cluster)
 
-
-def _first(way: tuple[float, Planned]) -> float:
-    return way[0]
-
-
-def _open(alone: Predicted, options: Options, cluster: Cluster) -> bool:
-    """Whether pipelines compete unasked with the plan without one: where most of its
-    time goes to a network, which they could spare."""
-    given = options.mesh is not None or options.pins or options.lowering != "manual"
-    return not given and network_bound(alone, cluster)
-
-
-def _stage_counts(options: Options, cluster: Cluster) -> Iterator[int | None]:
-    """Numbers of stages that are compared; None is no pipeline."""
-    if options.pipeline_stages not in (None, AUTO):
-        yield options.stages
-        return
-    yield None
-    yield from stage_counts(cluster, options)
-
-
-def _ways(
-    subject: Subject, options: Options, stages: int | None
-) -> Iterator[tuple[str, Options]]:
-    """The pipelines of so many stages that are compared, each by name: scanned layers
-    in one program, with several numbers of microbatches; or stages of any kind."""
-    schedules = [options.schedule]
-    if options.pipeline_stages in (None, AUTO) and options.schedule != "gpipe":
-        schedules.append("gpipe")
-    for schedule in schedules:
-        way = replace(options, pipeline_stages=stages, schedule=schedule)
-        cuts = ways_to_cut(subject, way)
-        if isinstance(cuts, tuple) and cuts:
-            for cut in cuts:
-                many = f"{cut.microbatches} microbatches"
-                yield f"{cut}, {many}", replace(way, microbatches=cut.microbatches)
-        elif schedule == options.schedule:
-            yield f"{stages} stages" if stages else "no pipeline", way
+    return fastest(subject_of(traced), options, cluster, plan_one)
 
 
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:

@@ -18,7 +18,7 @@ from rhino_jax.options import Options
 from rhino_jax.plan import Predicted, Stages
 from rhino_jax.report.text import bytes_text
 from rhino_jax.rules import rule_of
-from rhino_jax.search.auto import Candidate
+from rhino_jax.search.candidates import Candidate
 from rhino_jax.search.staged import Scans, Uncut, layers_of, staged_scans
 from rhino_jax.search.stages import cut_stages
 from rhino_jax.search.staging import Divided, check_stages, problem_of, runs

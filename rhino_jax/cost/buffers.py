@@ -23,16 +23,16 @@ from rhino_jax.cost.instructions import (
     PARTIAL_READERS,
     REDUCING,
     REMATERIALIZE,
-    RENAMING,
-    RESIZING,
     ROLES,
     TAKE,
     Buffer,
     Instruction,
     RuleOf,
     Unfolded,
+    carries,
+    overwrites,
+    renames,
     role_of,
-    updates,
     with_stores,
 )
 from rhino_jax.cost.simplify import simplified
@@ -312,7 +312,7 @@ class Unfolding:
             held = (buffer for versions in waits for buffer in versions.values())
             self.pinned.update(dict.fromkeys((*reads, *held)))
             return
-        if _renames(program, op):
+        if renames(program, op):
             frame.put(op.results[0], given[0], reads[0])
             return
         writes = tuple(
@@ -340,7 +340,7 @@ class Unfolding:
                 None,
                 bodies,
                 trips,
-                _overwrites(op, reads, writes),
+                overwrites(op, reads, writes),
             )
         )
 
@@ -392,7 +392,7 @@ class Unfolding:
                 Instruction(TAKE, FUSED, (inputs[position],), (part,), program, 0)
             )
         outputs = work.run(frame, assignment)
-        same, kept = _carries(op, number), len(outputs)
+        same, kept = carries(op, number), len(outputs)
         if op.kind == "scan":
             kept = op.param["num_carry"]
         if added_up:
@@ -468,39 +468,3 @@ def _turn(
         tuple(work.pinned),
     )
     return simplified(body, work.habits), given
-
-
-def _renames(program: Program, op: Op) -> bool:
-    """Whether the result is the first operand's memory under another shape."""
-    if op.kind in RENAMING:
-        return True
-    if op.kind not in RESIZING or not program.values[op.operands[0]].shape:
-        return False
-    (read, *_), (made,) = program.operand_values(op), program.result_values(op)
-    return read.size == made.size
-
-
-def _carries(op: Op, number: int) -> tuple[tuple[int, int], ...]:
-    """Positions (input, output) of the carries of body ``number`` of ``op``."""
-    if op.kind == "scan":
-        first, count = op.param["num_consts"], op.param["num_carry"]
-    elif op.kind == "while" and number == 1:
-        first, count = op.param["body_nconsts"], len(op.results)
-    else:
-        return ()
-    return tuple((first + i, i) for i in range(count))
-
-
-def _overwrites(
-    op: Op, reads: tuple[int, ...], writes: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
-    if op.kind == "scan":
-        first, count = op.param["num_consts"], op.param["num_carry"]
-    elif op.kind == "while":
-        first = op.param["cond_nconsts"] + op.param["body_nconsts"]
-        count = len(writes)
-    elif updates(op.kind):
-        first, count = 0, 1
-    else:
-        return ()
-    return tuple(zip(reads[first : first + count], writes[:count], strict=True))

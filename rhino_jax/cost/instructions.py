@@ -183,3 +183,40 @@ def with_stores(
                 store = Instruction(STORE, FUSED, (buffer,), (), program, place)
                 result.append(store)
     return tuple(result)
+
+
+def renames(program: Program, op: Op) -> bool:
+    """Whether the result is the first operand's memory under another shape."""
+    if op.kind in RENAMING:
+        return True
+    if op.kind not in RESIZING or not program.values[op.operands[0]].shape:
+        return False
+    (read, *_), (made,) = program.operand_values(op), program.result_values(op)
+    return read.size == made.size
+
+
+def carries(op: Op, number: int) -> tuple[tuple[int, int], ...]:
+    """Positions (input, output) of the carries of body ``number`` of ``op``."""
+    if op.kind == "scan":
+        first, count = op.param["num_consts"], op.param["num_carry"]
+    elif op.kind == "while" and number == 1:
+        first, count = op.param["body_nconsts"], len(op.results)
+    else:
+        return ()
+    return tuple((first + i, i) for i in range(count))
+
+
+def overwrites(
+    op: Op, reads: tuple[int, ...], writes: tuple[int, ...]
+) -> tuple[tuple[int, int], ...]:
+    """Pairs of what an op reads and writes that share memory, where it may."""
+    if op.kind == "scan":
+        first, count = op.param["num_consts"], op.param["num_carry"]
+    elif op.kind == "while":
+        first = op.param["cond_nconsts"] + op.param["body_nconsts"]
+        count = len(writes)
+    elif updates(op.kind):
+        first, count = 0, 1
+    else:
+        return ()
+    return tuple(zip(reads[first : first + count], writes[:count], strict=True))

@@ -13,18 +13,24 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from rhino_jax.cluster.topology import Cluster, linked
-from rhino_jax.cost.model import Prediction, predict
+from rhino_jax.cluster.topology import linked
+from rhino_jax.cost.model import predict
 from rhino_jax.errors import InfeasibleError, problems
-from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
-from rhino_jax.ir.staged import Staged
 from rhino_jax.rules import rule_of
+from rhino_jax.search.candidates import (
+    Candidate,
+    Searched,
+    Sought,
+    Wish,
+    microbatch_counts,
+    rank,
+)
 from rhino_jax.search.carry import carried, read_again
 from rhino_jax.search.descend import Answer, Start, gap, search_axes, starts
 from rhino_jax.search.energy import Energy, Memo
@@ -33,7 +39,6 @@ from rhino_jax.search.planner import Reading, Request, energy_of, read, written
 from rhino_jax.search.prices import ClusterPrices, Prices
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
 from rhino_jax.search.selective import Chosen, Segmented, chosen_segments, segment_costs
-from rhino_jax.search.specs import Spec
 from rhino_jax.search.staged import Scans, Uncut, fed, staged_scans
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal
@@ -41,7 +46,6 @@ from rhino_jax.search.timing import Refusal
 LADDER = (0.0, 0.1, 0.4, 1.5, 6.0, 25.0)
 """Prices of a byte: the device's whole memory is worth this many steps."""
 
-MOST_MICROBATCHES = 64
 NOTHING = (
     "remat boundary changes nothing: layers are in a jax.checkpoint already, or there "
     "is one only"
@@ -54,77 +58,6 @@ PREDICTED = (1, 3)
 """Meshes predicted as they will run, by optimization level."""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What is asked of a search.
-
-    ``meshes`` to choose from; ``limit_bytes`` of one device. ``microbatches`` 0 and
-    ``remat`` "" leave them to the search. ``more_memory`` says how a device could have
-    more, where it could. ``pipeline``: the plan will be cut in stages. ``staged``: its
-    scanned layers are, in one program, and divide the batch themselves.
-    """
-
-    cluster: Cluster
-    meshes: tuple[Mesh, ...]
-    limit_bytes: int
-    level: int = 1
-    microbatches: int = 0
-    remat: str = ""
-    pins: Mapping[str, Spec] = field(default_factory=dict)
-    donated: tuple[int, ...] = ()
-    more_memory: str = ""
-    pipeline: bool = False
-    staged: Staged | None = None
-
-
-@dataclass(frozen=True)
-class Sought:
-    """What a search on one mesh saw of the step, and its answer."""
-
-    reading: Reading
-    energy: Energy
-    answer: Answer
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One complete way to run the step, and what it will cost."""
-
-    subject: Subject
-    mesh: Mesh
-    assignment: Assignment
-    prediction: Prediction
-    remat: str
-    microbatches: int
-    byte_seconds: float
-    segments: tuple[int, ...] | None = None
-    """The segments that are recomputed, where not all are."""
-    sought: Sought | None = field(default=None, repr=False, compare=False)
-
-    def __str__(self) -> str:
-        seconds, peak = self.prediction.step_seconds, self.prediction.peak_bytes
-        how = [f"mesh ({self.mesh})"]
-        if self.remat != NONE:
-            some = f" of {len(self.segments)} segments" if self.segments else ""
-            how.append(f"remat {self.remat}{some}")
-        if self.microbatches > 1:
-            how.append(f"{self.microbatches} microbatches")
-        return f"{', '.join(how)}: {seconds * 1e3:.2f} ms, {peak / 2**30:.2f} GiB"
-
-
-@dataclass(frozen=True)
-class Searched:
-    """The winner, everything that was predicted on the way, and notes for the plan."""
-
-    best: Candidate
-    considered: tuple[Candidate, ...]
-    notes: tuple[str, ...] = ()
-    reading_seconds: float = field(default=0.0, compare=False)
-    """Time to read the Program, and again with layers rematerialized."""
-    writing_seconds: float = field(default=0.0, compare=False)
-    """Time to write plans and predict them. Both grow with the Program."""
-
-
 def plan_search(subject: Subject, wish: Wish) -> Searched:
     """The fastest plan that fits.
 
@@ -134,19 +67,6 @@ def plan_search(subject: Subject, wish: Wish) -> Searched:
     """
     with _no_collections():
         return _Search(subject, wish).run()
-
-
-def microbatch_counts(batch_size: int) -> tuple[int, ...]:
-    """Numbers of microbatches to try: divisors of the batch. Powers of two, and where
-    they do not divide it all that do.
-
-    >>> microbatch_counts(32), microbatch_counts(12), microbatch_counts(25)
-    ((1, 2, 4, 8, 16, 32), (1, 2, 3, 4, 6, 12), (1, 5, 25))
-    """
-    most = min(batch_size, MOST_MICROBATCHES)
-    every = [n for n in range(1, most + 1) if batch_size % n == 0]
-    powers = [1 << n for n in range(most.bit_length())]
-    return tuple(powers if set(powers) <= set(every) else every)
 
 
 @contextmanager
@@ -182,9 +102,9 @@ class _Search:
             self.considered += found
             fitting = self._fitting(self.considered)
             if fitting:
-                fewer = list(self._fewer(min(fitting, key=_rank)))
+                fewer = list(self._fewer(min(fitting, key=rank)))
                 self.considered += fewer
-                best = min([*fitting, *self._fitting(fewer)], key=_rank)
+                best = min([*fitting, *self._fitting(fewer)], key=rank)
                 notes = (*self.notes, *self._unproven(best))
                 considered = tuple(self.considered)
                 times = self.spent[READING], self.spent[WRITING]
@@ -512,9 +432,3 @@ class _Search:
                 "batch, or free what is pinned.",
             )
         )
-
-
-def _rank(candidate: Candidate) -> tuple[float, int, int]:
-    """Faster first; among equals the smaller, then the one found first."""
-    prediction = candidate.prediction
-    return prediction.step_seconds, prediction.peak_bytes, candidate.microbatches

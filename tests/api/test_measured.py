@@ -17,7 +17,8 @@ from rhino_jax.api.measured import as_cluster, measure
 from rhino_jax.api.planned import subject_of
 from rhino_jax.errors import ClusterError
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.search.auto import Wish, plan_search
+from rhino_jax.search.auto import plan_search
+from rhino_jax.search.candidates import Wish
 from rhino_jax.trace import trace
 
 SMALL: dict[str, Any] = {

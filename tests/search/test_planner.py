@@ -19,7 +19,8 @@ from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.plan import collectives
 from rhino_jax.search import auto, planner
-from rhino_jax.search.auto import Wish, plan_search
+from rhino_jax.search.auto import plan_search
+from rhino_jax.search.candidates import Wish
 from rhino_jax.search.choose import plan_recipe
 from rhino_jax.search.descend import orders
 from rhino_jax.search.energy import Energy

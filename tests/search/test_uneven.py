@@ -14,7 +14,8 @@ from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.rules import rule_of
-from rhino_jax.search.auto import Wish, plan_search
+from rhino_jax.search.auto import plan_search
+from rhino_jax.search.candidates import Wish
 from rhino_jax.search.domains import ALIGNED, LONG
 from rhino_jax.search.notes import plan_notes
 from rhino_jax.search.planner import Request, energy_of, read, search
