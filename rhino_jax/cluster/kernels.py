@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,12 +60,22 @@ class Curve:
         """The share at ``size``.
 
         Below the grid the first cell goes on (small kernels take as long as less small
-        ones), above it the last share holds.
+        ones, and no longer), above it the last share holds.
 
-        >>> curve = Curve("elementwise", "", ((1.0, 100.0),), (0.01, 1.0))
-        >>> [round(curve.share(size), 4) for size in (0.1, 1, 10, 100, 1e9)]
+        >>> curve = Curve("elementwise", "", ((10.0, 1000.0),), (0.01, 1.0))
+        >>> [round(curve.share(size), 4) for size in (1, 10, 100, 1000, 1e9)]
         [0.001, 0.01, 0.1, 1.0, 1.0]
         """
+        on_grid = [max(x, axis[0]) for axis, x in zip(self.axes, size, strict=False)]
+        smaller = math.prod(
+            max(x, 1.0) / y for x, y in zip(size, on_grid, strict=False)
+        )
+        found = self._straight(size)
+        if smaller < 1.0:  # else cells of several axes may fall without end
+            found = max(found, smaller * self._straight(on_grid))
+        return min(found, 1.0)
+
+    def _straight(self, size: Sequence[float]) -> float:
         places = [_place(axis, at) for axis, at in zip(self.axes, size, strict=False)]
         total = 0.0
         for corner in itertools.product((0, 1), repeat=len(places)):
@@ -75,7 +85,7 @@ class Curve:
                 index = index * len(axis) + min(low + up, len(axis) - 1)
             if weight:
                 total += weight * self._logs[index]
-        return min(math.exp(total), 1.0)
+        return math.exp(total)
 
     @cached_property
     def _logs(self) -> tuple[float, ...]:

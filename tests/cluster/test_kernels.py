@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,8 @@ from rhino_jax.cluster.kernels import (
     Curve,
     Kernels,
 )
+from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cluster.profile import kernels_of
 
 AXIS = (16.0, 64.0, 256.0)
 CUBE = Curve(
@@ -61,3 +64,16 @@ def test_what_stands_in_for_what_is_not_known() -> None:
         PRODUCT, "f32", product
     )
     assert typed.share(PRODUCT, "f32", (1.0, 64.0, 64.0, 64.0)) == pytest.approx(0.4)
+
+
+def test_a_smaller_product_takes_no_longer_than_the_smallest_of_the_grid() -> None:
+    device = parse_cluster("v5p:4x4x4").device
+    kernels = kernels_of(device)
+    for kind, least in ((PRODUCT, 1), (BATCHED, 4)):
+        curve = next(c for c in kernels.curves if c.kind == kind)
+        edge = [axis[0] for axis in curve.axes]
+        for small in ((1, 512, 1), (1, 2, 512), (16384, 2, 512)):
+            size = (least, *small)[-len(edge) :]
+            held = [max(a, b) for a, b in zip(size, edge, strict=True)]
+            seconds, most = (math.prod(s) / curve.share(*s) for s in (size, held))
+            assert seconds <= most * (1 + 1e-9)
