@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.buffers import ACCUMULATE, RuleOf, Unfolded, unfold
 from rhino_jax.cost.collectives import step_seconds
+from rhino_jax.cost.combining import collective_seconds
 from rhino_jax.cost.compiled import Compiled, compiled
 from rhino_jax.cost.compute import work_of
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.memory import Held, Memory, memory_of
-from rhino_jax.cost.order import combined_at
-from rhino_jax.cost.ring import handed_on
+from rhino_jax.cost.ring import handed_by
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
-from rhino_jax.ir.steps import Step
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def _collectives(
 ) -> Iterator[PricedCollective]:
     """All branches of a ``cond`` are counted; a ``while`` counts as one trip."""
     habits = HABITS[cluster.device.platform]
-    seconds = _seconds(unfolded, fused, mesh, cluster)
+    seconds = collective_seconds(unfolded, fused, mesh, cluster)
     for number, at in enumerate(unfolded.instructions):
         place = at.index if op is None else op
         if at.step and at.step.wire_bytes:
@@ -143,45 +141,17 @@ def _collectives(
                 seconds[number],
                 place,
             )
-        if at.op is not None and at.rule is not None and at.step is None:
-            reads = at.program.operand_values(at.op)
-            makes = at.program.result_values(at.op)
-            for one in handed_on(at.rule, at.plan.choice, reads, makes, mesh):
-                yield PricedCollective(
-                    one.step.kind,
-                    one.step.axes,
-                    one.step.wire_bytes,
-                    count * one.turns,
-                    step_seconds(one.step, mesh, cluster),
-                    place,
-                )
+        for one in handed_by(at, mesh):
+            yield PricedCollective(
+                one.step.kind,
+                one.step.axes,
+                one.step.wire_bytes,
+                count * one.turns,
+                step_seconds(one.step, mesh, cluster),
+                place,
+            )
         inside = op if at.kind == ACCUMULATE else place
         for body in at.bodies:
             within = fusion(body, habits)
             trips = count * at.trips
             yield from _collectives(body, within, mesh, cluster, trips, inside)
-
-
-def _seconds(
-    unfolded: Unfolded, fused: Fusion, mesh: Mesh, cluster: Cluster
-) -> dict[int, float]:
-    """Of every collective, by its instruction: what is combined is sent at once."""
-    reads = [
-        tuple(s for b in at.reads for s in fused.sources[b])
-        if not at.writes or any(fused.written[b] for b in at.writes)
-        else ()
-        for at in unfolded.instructions
-    ]
-    threshold = HABITS[cluster.device.platform].combine_bytes
-    places = combined_at(unfolded, reads, threshold)
-    groups: dict[int, list[tuple[int, Step]]] = defaultdict(list)
-    for number, at in enumerate(unfolded.instructions):
-        if at.step and at.step.wire_bytes:
-            groups[places.get(number, number)].append((number, at.step))
-    found = {}
-    for members in groups.values():
-        total = sum(step.wire_bytes for _, step in members)
-        whole = replace(members[0][1], wire_bytes=total)
-        each = step_seconds(whole, mesh, cluster) / total
-        found.update({number: step.wire_bytes * each for number, step in members})
-    return found

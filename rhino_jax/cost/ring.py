@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rhino_jax.cost.buffers import accumulator_dtype
+from rhino_jax.cost.instructions import Instruction
 from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.ir.factors import RING, Choice, Rule, layouts
 from rhino_jax.ir.mesh import Mesh
@@ -50,3 +51,11 @@ def handed_on(
             sent = local_bytes(value.shape, value.dtype, layout, mesh)
             step = Step(PERMUTE, mesh.in_order(axes), layout, layout, sent)
             yield Handed(value, step, turns)
+
+
+def handed_by(one: Instruction, mesh: Mesh) -> Iterator[Handed]:
+    """What an instruction hands around by itself: that of an op with a ring."""
+    if one.op is None or one.rule is None or one.step is not None:
+        return
+    reads, makes = one.program.operand_values(one.op), one.program.result_values(one.op)
+    yield from handed_on(one.rule, one.plan.choice, reads, makes, mesh)

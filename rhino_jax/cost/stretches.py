@@ -17,10 +17,12 @@ from rhino_jax.cost.buffers import (
     unfold,
 )
 from rhino_jax.cost.collectives import step_seconds
+from rhino_jax.cost.combining import collective_seconds
 from rhino_jax.cost.compute import kernel_works
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.memory import Held
+from rhino_jax.cost.ring import handed_by
 from rhino_jax.ir.analysis.segments import Segment
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
@@ -153,7 +155,10 @@ def _seconds(
     """Of every instruction, bodies and collectives too."""
     device = cluster.device
     works = kernel_works(unfolded, fused, mesh, device)
-    for one, work in zip(unfolded.instructions, works, strict=True):
+    sent = collective_seconds(unfolded, fused, mesh, cluster)
+    for number, (one, work) in enumerate(
+        zip(unfolded.instructions, works, strict=True)
+    ):
         if one.bodies:
             habits = HABITS[device.platform]
             inner = (
@@ -161,7 +166,11 @@ def _seconds(
                 for body in one.bodies
             )
             yield one.trips * sum(sum(body.values()) for body in inner)
-        elif one.step and one.step.wire_bytes:
-            yield step_seconds(one.step, mesh, cluster)
+        elif number in sent:
+            yield sent[number]
         else:
-            yield work.seconds
+            handed = handed_by(one, mesh)
+            yield work.seconds + sum(
+                around.turns * step_seconds(around.step, mesh, cluster)
+                for around in handed
+            )

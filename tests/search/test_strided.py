@@ -76,5 +76,5 @@ def test_heads_are_split_inside_each_third(way: str) -> None:
     )
     _, (made,) = boundary(program, *product, rule_of(program, product[0]))
     assert str(made) == f"[-,t/{WIDTH // 4}]"
-    sent = sum(c.total_bytes for c in collectives(program, assignment))
+    sent = sum(c.total_bytes for c in collectives(program, assignment, MESH))
     assert sent <= EXPERT_BYTES
