@@ -288,12 +288,16 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
     for i, o in unfolded.same:
         before, after = unfolded.inputs[i], unfolded.outputs[o]
         if after in born:
-            taken[after] = dies[before]
+            taken[after] = before, dies[before]
     for buffer in unfolded.outputs:
         dies[buffer] = end
-    for buffer, last in taken.items():
-        # Written straight into the old memory, or once that was last read.
-        dies[buffer] = last if last > born[buffer] else born[buffer] - 1
+    for buffer, (before, last) in taken.items():
+        # Written straight into the old memory, or once that was last read. What a loop
+        # stacks, turn by turn, is neither while it reads the old one.
+        maker = unfolded.instructions[unfolded.writer[buffer]]
+        apart = bool(maker.bodies) and (before, buffer) not in maker.overwrites
+        until = last if last > born[buffer] or apart else born[buffer] - 1
+        dies[buffer] = max(until, born[buffer] - 1)
     for index in late:  # the sum is written straight away
         (product,) = unfolded.instructions[index].writes
         if unfolded.readers[product] == (late[index],):

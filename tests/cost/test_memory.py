@@ -256,6 +256,21 @@ def test_a_scan_holds_its_stacks_and_what_its_body_holds() -> None:
     assert of.ops[found.op].kind == "scan"
 
 
+def test_a_stack_is_not_written_over_the_donated_one_it_is_made_of() -> None:
+    # A cache by layer, as a decoding step has it: XLA keeps both while the scan runs.
+    def step(cache: jax.Array, x: jax.Array) -> object:
+        def body(x: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return x, jnp.sort(old) + x
+
+        return jax.lax.scan(body, x, cache)
+
+    of, assignment = traced_whole(step, f32(5, 256), f32(256))
+    apart, taken = (
+        memory(of, assignment, ONE, rule_of, donated) for donated in ((), (0,))
+    )
+    assert apart.temp_bytes == taken.temp_bytes >= 5 * KB
+
+
 def test_a_remat_body_frees_what_it_makes() -> None:
     def step(x: jax.Array) -> jax.Array:
         for _ in range(4):
