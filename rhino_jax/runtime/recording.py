@@ -19,7 +19,7 @@ import jax
 
 from rhino_jax.ir.pipeline.chunks import Chunks
 from rhino_jax.ir.pipeline.flow import LOOP
-from rhino_jax.runtime.tasks import Free, Run, Send, Task, TaskGraph, flat
+from rhino_jax.runtime.tasks import Run, Send, Task, TaskGraph, flat
 from rhino_jax.schedule import Schedule
 from rhino_jax.schedule.simulate import Outside, Span, Timeline, Transfer
 from rhino_jax.schedule.tasks import Task as Scheduled
@@ -91,9 +91,10 @@ class Recorder:
         self._free_seconds = time.perf_counter()
 
     def _is_seen(self, task: Task) -> TypeGuard[Run | Send]:
-        if isinstance(task, Free):
-            return False
-        return self._here[task.target if isinstance(task, Send) else task.worker]
+        """Empty totals belong to what adds to them first: that waits for them."""
+        if isinstance(task, Send):
+            return self._here[task.target]
+        return isinstance(task, Run) and not task.start and self._here[task.worker]
 
     @property
     def complete(self) -> bool:
@@ -173,8 +174,8 @@ def timeline_of(took: Sequence[Took], schedule: Schedule, chunks: Chunks) -> Tim
     """Timed tasks as a timeline of the schedule that they carried out.
 
     A transfer goes to the first task that reads any of it. What the schedule does not
-    name (before and behind the loop, empty totals, what is sent from or to these) is
-    told by what it is for.
+    name (before and behind the loop, and what is sent from or to these) is told by what
+    it is for.
     """
     runs = {n: one.task for n, one in enumerate(took) if isinstance(one.task, Run)}
     named = {n: _scheduled(run, chunks) for n, run in runs.items()}
@@ -188,7 +189,7 @@ def timeline_of(took: Sequence[Took], schedule: Schedule, chunks: Chunks) -> Tim
             if (own := named[number]) is not None:
                 spans.append(Span(own, task.worker, *times))
             else:
-                outside.append(Outside(_what(task), task.worker, *times))
+                outside.append(Outside(task.name, task.worker, *times))
             continue
         first = min(
             (readers[slot] for slot in task.gives if slot in readers), default=-1
@@ -197,7 +198,7 @@ def timeline_of(took: Sequence[Took], schedule: Schedule, chunks: Chunks) -> Tim
         if source is not None and reader is not None:
             transfers.append(Transfer(source, reader, *times))
         else:  # of what leaves the loop only the last microbatch's is read
-            what = str(reader or _what(runs[first])) if first in runs else "nobody"
+            what = str(reader or runs[first].name) if first in runs else "nobody"
             beside = Outside(f"for {what}", task.worker, *times, task.target)
             outside.append(beside)
     spans.sort(key=lambda span: span.end_seconds)
@@ -206,10 +207,6 @@ def timeline_of(took: Sequence[Took], schedule: Schedule, chunks: Chunks) -> Tim
 
 def _scheduled(run: Run, chunks: Chunks) -> Scheduled | None:
     """The task of the schedule that ``run`` is; None for what is beside it."""
-    if run.key.phase != LOOP or run.start:
+    if run.key.phase != LOOP:
         return None
     return Scheduled(chunks.kind_of(run.key), run.key.stage, run.microbatch or 0)
-
-
-def _what(run: Run) -> str:
-    return f"the empty totals of {run.name}" if run.start else run.name
