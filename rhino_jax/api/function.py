@@ -106,14 +106,27 @@ class ParallelFunction:
         """A call that is not as the last one: its entry, and its leaves in place."""
         from rhino_jax.api import placing
 
+        entry, leaves = self._made_ready(args, kwargs)
+        leaves = self._moved(entry, leaves)
+        entry.learn(leaves)
+        return entry, entry.arranged(placing.given_once(entry, leaves))
+
+    def _made_ready(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Entry, list[Any]]:
+        """The entry of a call, ready for it, and the call's leaves.
+
+        Raises:
+            DonationError: an argument was given away before.
+        """
+        from rhino_jax.api import placing
+
         placing.check_alive(self.fun, args, kwargs, self._given_away)
         entry, leaves = self._find(args, kwargs) or self._add(args, kwargs)
         if entry.run is None:
             _make_ready(entry)
             self._ready.append(entry)
-        leaves = self._moved(entry, leaves)
-        entry.learn(leaves)
-        return entry, entry.arranged(placing.given_once(entry, leaves))
+        return entry, leaves
 
     def _again(
         self,
@@ -213,6 +226,32 @@ class ParallelFunction:
                 "one"
             )
         return ""
+
+    def trace(self, path: str | Path, /, *args: Any, **kwargs: Any) -> Any:
+        """One step of a pipeline, like a call, recorded to ``path`` for Perfetto.
+
+        ``state, metrics = train_step.trace("trace.json", state, batch)``: when every
+        worker really ran which half of which stage for which microbatch, and what it
+        sent, to be seen beside the predicted ``planned.timeline(path)``; also what is
+        done before and behind the loop, but for handing over the batch and, on several
+        processes, the metrics. Halves that are empty are left out.
+
+        Call the step once before: compiling counts as work. The arguments are waited
+        for before the step, its results after. Times are good to the few milliseconds
+        for which threads of Python wait for their turn. On several processes all must
+        call it: each writes what its devices do, in its own time, to trace.0.json ...
+
+        Raises:
+            OptionsError: the step is no pipeline, or ``path`` can not be written.
+        """
+        entry, leaves = self._made_ready(args, kwargs)
+        jax.block_until_ready(leaves)
+        with entry.planned.recording(path):
+            result = self(*args, **kwargs)
+        if entry.donates:  # not from here, but from where this was called
+            frame = sys._getframe(1)
+            self._gifts.append((self._gifts.pop()[0], frame.f_code, frame.f_lineno))
+        return result
 
     # ---- signatures ---------------------------------------------------------------
 

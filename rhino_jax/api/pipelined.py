@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.simulated import simulated
 from rhino_jax.api.spreading import Spreading
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.errors import CheckpointError, VerifyError
+from rhino_jax.errors import CheckpointError, OptionsError, VerifyError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.pipeline.chunks import Chunks
 from rhino_jax.ir.spans import numbers
@@ -34,6 +36,7 @@ from rhino_jax.report.timeline import write_timeline
 from rhino_jax.runtime.build import task_graph
 from rhino_jax.runtime.controller import Controller, lowered
 from rhino_jax.runtime.crossing import devices_of, is_here
+from rhino_jax.runtime.recording import Recorder, timed, timeline_of
 from rhino_jax.runtime.tasks import TaskGraph
 from rhino_jax.schedule import Schedule, make_schedule
 from rhino_jax.search.staging import SPLIT, Divided
@@ -128,6 +131,35 @@ class PipelinePlanned(Planned):
         )
         run, _ = simulated(self.programs, self.schedule, cluster)
         write_timeline(run, path)
+
+    @contextmanager
+    def recording(self, path: str | Path) -> Iterator[None]:
+        """See :meth:`Planned.recording`. On several processes each writes its own file,
+        trace.0.json and so on."""
+        path = Path(path)
+        if len(ranks_of(self.devices)) > 1:
+            path = path.with_suffix(f".{jax.process_index()}{path.suffix}")
+        try:
+            path.open("a").close()  # before the step: it gives the old state away
+        except OSError as error:
+            raise OptionsError(f"the trace can not be written: {error}") from error
+        recorder = Recorder(self.graph, self.controller.here)
+        self.controller.watch = recorder
+        try:
+            yield
+        finally:
+            self.controller.watch = None
+            recorder.close()
+        # The step is done; its results are not to be lost over this.
+        problem: object = "the step was planned again on its way; trace the next one"
+        if recorder.complete:
+            took = timed(recorder.seen())
+            timeline = timeline_of(took, self.schedule, self.programs.chunks)
+            try:
+                return write_timeline(timeline, path)
+            except OSError as error:
+                problem = error
+        warnings.warn(f"{path}: nothing is recorded: {problem}", stacklevel=4)
 
     @cached_property
     def stage_rows(self) -> tuple[StageRow, ...]:
@@ -267,6 +299,14 @@ class PipelinePlanned(Planned):
 
     # ---- lowering -----------------------------------------------------------------
 
+    @cached_property
+    def controller(self) -> Controller:
+        """What carries the step out."""
+        donated = self.traced.donated
+        return Controller(
+            self.graph, self.programs, donated, enter=laid, shared=self.shared
+        )
+
     def jit_call(self, passing: Passing) -> Any:
         traced = self.traced
         count = traced.num_inputs
@@ -274,9 +314,7 @@ class PipelinePlanned(Planned):
         tree: Any
         order, tree = jax.tree.flatten(passing.call(*args))
         place = {i: k for k, i in enumerate(order)}
-        controller = Controller(
-            self.graph, self.programs, traced.donated, enter=laid, shared=self.shared
-        )
+        controller = self.controller
 
         def step(donated: Any, others: Any, constants: Any) -> Any:
             given, found = jax.tree.flatten((donated, others))

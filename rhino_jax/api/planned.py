@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -104,6 +105,19 @@ class Planned:
         raise OptionsError(
             f"{path}: a plan without pipeline stages runs as one program and has no "
             "timeline; ask for pipeline_stages="
+        )
+
+    def recording(self, path: str | Path) -> AbstractContextManager[None]:
+        """While it lasts the step is recorded, to be written to ``path`` at its end.
+
+        Raises:
+            OptionsError: the plan has no pipeline stages, or nothing can be written.
+        """
+        raise OptionsError(
+            f"{path}: {self.traced.program.name} runs as one program, planned without "
+            "pipeline stages: there is no schedule to record. with "
+            "jax.profiler.trace(folder): shows what each device does (block on the "
+            "results inside); a pipeline is asked for by pipeline_stages="
         )
 
     def diff(self, other: Planned | Plan) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rhino_jax.schedule.simulate import Span, Timeline, Transfer
+from rhino_jax.schedule.simulate import Outside, Span, Timeline, Transfer
 from rhino_jax.schedule.tasks import Task
 
 Event = dict[str, Any]
@@ -55,9 +55,10 @@ def trace_events(
     spans = {span.task: span for span in timeline.spans}
     events = [*_rows(timeline)]
     events += [_run(span) for span in timeline.spans]
+    events += [_outside(one) for one in timeline.outside]
     for number, transfer in enumerate(timeline.transfers):
         events += _sent(transfer, number, spans)
-    for worker in range(timeline.schedule.num_workers):
+    for worker in _workers(timeline):
         events += _kept(timeline, worker, saved_bytes)
     return events
 
@@ -69,26 +70,38 @@ def _event(phase: str, worker: int, name: str, **more: Any) -> Event:
 def _slice(
     worker: int, row: int, task: Task, kind: str, start: float, end: float
 ) -> Event:
-    return _event(
-        "X",
-        worker,
-        f"{task.kind} s{task.stage} m{task.microbatch}",
-        cat=kind,
-        tid=row,
-        ts=start * MICRO,
-        dur=(end - start) * MICRO,
-        args={"stage": task.stage, "microbatch": task.microbatch},
+    name = f"{task.kind} s{task.stage} m{task.microbatch}"
+    args = {"stage": task.stage, "microbatch": task.microbatch}
+    return _lasting(worker, row, name, kind, start, end, args=args)
+
+
+def _lasting(
+    worker: int, row: int, name: str, kind: str, start: float, end: float, **more: Any
+) -> Event:
+    times = {"ts": start * MICRO, "dur": (end - start) * MICRO}
+    return _event("X", worker, name, cat=kind, tid=row, **times, **more)
+
+
+def _pairs(timeline: Timeline) -> set[tuple[int, int]]:
+    """Who sends to whom."""
+    worker_of = timeline.schedule.worker_of
+    ends = ((one.source.stage, one.reader.stage) for one in timeline.transfers)
+    pairs = {(worker_of[source], worker_of[reader]) for source, reader in ends}
+    beside = timeline.outside
+    return pairs | {(x.worker, x.target) for x in beside if x.target is not None}
+
+
+def _workers(timeline: Timeline) -> list[int]:
+    """Those of whom anything is known: a recording may be that of one process."""
+    return sorted(
+        {run.worker for run in timeline.runs} | {w for w, _ in _pairs(timeline)}
     )
 
 
 def _rows(timeline: Timeline) -> Iterator[Event]:
     """Names and order of rows."""
-    worker_of = timeline.schedule.worker_of
-    pairs = {
-        (worker_of[transfer.source.stage], worker_of[transfer.reader.stage])
-        for transfer in timeline.transfers
-    }
-    for worker in range(timeline.schedule.num_workers):
+    worker_of, pairs = timeline.schedule.worker_of, _pairs(timeline)
+    for worker in _workers(timeline):
         own = [str(stage) for stage, w in enumerate(worker_of) if w == worker]
         name = f"worker {worker}: stage{'s' if len(own) > 1 else ''} {', '.join(own)}"
         yield _event("M", worker, "process_name", args={"name": name})
@@ -102,6 +115,12 @@ def _rows(timeline: Timeline) -> Iterator[Event]:
 def _run(span: Span) -> Event:
     times = span.start_seconds, span.end_seconds
     return _slice(span.worker, RUNS, span.task, span.task.kind, *times)
+
+
+def _outside(one: Outside) -> Event:
+    row = RUNS if one.target is None else one.target + 1
+    times = one.start_seconds, one.end_seconds
+    return _lasting(one.worker, row, one.what, "outside", *times)
 
 
 def _sent(transfer: Transfer, number: int, spans: dict[Task, Span]) -> Iterator[Event]:

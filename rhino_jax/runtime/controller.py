@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -96,20 +96,30 @@ def _arguments(task: Run, held: Any) -> list[Any]:
     ]
 
 
+class Watch(Protocol):
+    """What is told of a controller's steps while they are handed out."""
+
+    def began(self) -> None:
+        """A step begins."""
+
+    def handed(self, task: Task, made: Sequence[Any]) -> None:
+        """A task was handed out, and gives these arrays (None: on other processes)."""
+
+
 @dataclass
 class Controller:
     """Carries out the tasks of a step, again and again.
 
     ``donated`` are positions of inputs that are gone after a call. ``shared`` are the
     outputs that every worker gets, and how each lies on all of them. ``watch`` is told
-    of every task once it is handed out; ``transfer`` lays arrays out anew within this
-    process, as ``jax.device_put`` does, and ``enter`` one that comes from outside.
+    of every task; ``transfer`` lays arrays out anew within this process, as
+    ``jax.device_put`` does, and ``enter`` one that comes from outside.
     """
 
     graph: TaskGraph
     stages: StagePrograms
     donated: Collection[int] = ()
-    watch: Callable[[Task], None] | None = None
+    watch: Watch | None = None
     transfer: Callable[[Any, Any], Any] = jax.device_put
     enter: Callable[[Any, Any], jax.Array] = jax.device_put
     shared: Mapping[int, Any] = field(default_factory=dict)
@@ -169,6 +179,8 @@ class Controller:
             zip(self.graph.inputs, leaves, strict=True)
         ):
             held[slot] = self._entered(position, x)
+        if self.watch is not None:
+            self.watch.began()
         for number, task in self.tasks:
             if isinstance(task, Run):
                 self._run(task, held)
@@ -180,7 +192,7 @@ class Controller:
                         held[slot].delete()  # the caller holds it still
                     held[slot] = None
             if self.watch is not None:
-                self.watch(task)
+                self.watch.handed(task, [held[s] for s in task.gives])
         outs = self._outputs(held)
         self._delete(leaves, outs)
         self.turns.end()

@@ -37,6 +37,17 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class Outside:
+    """What a worker runs, or sends to ``target``, that is no task of the schedule."""
+
+    what: str
+    worker: int
+    start_seconds: float
+    end_seconds: float
+    target: int | None = None
+
+
+@dataclass(frozen=True)
 class Timeline:
     """What ran when: simulated here, or recorded from a run.
 
@@ -44,16 +55,24 @@ class Timeline:
         schedule: what was run.
         spans: every task, in order of their ends.
         transfers: everything sent between workers, in the order it was sent.
+        outside: what is done before and behind the loop; a simulation has none.
     """
 
     schedule: Schedule
     spans: tuple[Span, ...]
     transfers: tuple[Transfer, ...] = ()
+    outside: tuple[Outside, ...] = ()
+
+    @property
+    def runs(self) -> Iterator[Span | Outside]:
+        """Everything that workers run."""
+        yield from self.spans
+        yield from (one for one in self.outside if one.target is None)
 
     @property
     def makespan_seconds(self) -> float:
         """From 0 to the end of the last task."""
-        return max((span.end_seconds for span in self.spans), default=0)
+        return max((run.end_seconds for run in self.runs), default=0)
 
     def of_worker(self, worker: int) -> list[Span]:
         """The tasks of one worker, as it ran them."""
@@ -62,8 +81,8 @@ class Timeline:
     def busy_seconds(self) -> tuple[float, ...]:
         """Worker -> how long it works."""
         busy: list[float] = [0] * self.schedule.num_workers
-        for span in self.spans:
-            busy[span.worker] += span.end_seconds - span.start_seconds
+        for run in self.runs:
+            busy[run.worker] += run.end_seconds - run.start_seconds
         return tuple(busy)
 
     def bubbles(self) -> tuple[float, ...]:

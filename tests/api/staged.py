@@ -45,8 +45,8 @@ def plans() -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
-def check(name: str, options: dict[str, Any]) -> None:
-    """Created in place, fed with rows and with all, fetched, and put back."""
+def check(name: str, options: dict[str, Any], trace: Path) -> None:
+    """Created in place, fed with rows and with all, fetched, put back and recorded."""
     step, state, batch = STEPS[name]("float64")
     state = jax.device_get(state)
     piped = rhino.auto_parallel(cache_dir="", **options)(step)
@@ -71,7 +71,9 @@ def check(name: str, options: dict[str, Any]) -> None:
     np.testing.assert_allclose(float(metrics["loss"]), float(wanted["loss"]), rtol=1e-9)
     with pytest.raises(OptionsError, match="several processes"):
         rhino.follow(piped, lambda state, _: state)(again, batch)
-    piped(again, batch)
+    again, metrics = piped.trace(trace, again, batch)
+    expected, wanted = jax.jit(step)(expected, batch)
+    np.testing.assert_allclose(float(metrics["loss"]), float(wanted["loss"]), rtol=1e-9)
     assert len(piped._entries) == 1, "what came back is what was planned"
 
 
@@ -96,8 +98,8 @@ def main(folder: Path) -> None:
     rhino.initialize()
     losses = save(folder)
     with jax.enable_x64(True):
-        for name, options in plans().values():
-            check(name, options)
+        for plan, (name, options) in plans().items():
+            check(name, options, folder / f"{plan}.json")
     (folder / f"{jax.process_index()}.json").write_text(json.dumps(losses))
 
 

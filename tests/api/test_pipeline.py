@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +208,16 @@ def test_no_worker_holds_more_than_its_bound(schedule: str) -> None:
     others = {id(x) for x in jax.live_arrays()} - {id(x) for x in given}
     graph, seen = planned.graph, []
 
-    def watch(_: Task) -> None:
-        seen.append(
-            bytes_by_worker(x for x in jax.live_arrays() if id(x) not in others)
-        )
+    class Watch:
+        def began(self) -> None: ...
+
+        def handed(self, task: Task, made: Sequence[Any]) -> None:
+            seen.append(
+                bytes_by_worker(x for x in jax.live_arrays() if id(x) not in others)
+            )
 
     traced = planned.traced
-    controller = Controller(graph, planned.programs, traced.donated, watch)
+    controller = Controller(graph, planned.programs, traced.donated, Watch())
     outs = controller((*jax.tree.leaves(((held, laid), {})), *traced.constants))
     assert len(seen) == len(graph.tasks)
     # The batch stays with its owner; microbatches have numbers; a scalar is as good as
