@@ -28,6 +28,8 @@ from jax._src.state.discharge import discharge_state
 from jax._src.state.types import RefEffect
 from jaxlib.mlir import ir, passmanager
 
+from rhino_jax.errors import TraceError
+
 try:
     from jax._src.flattree import FlatTree
 except ImportError:  # jax 0.10
@@ -182,10 +184,23 @@ def without_references(closed: Any) -> Any:
     """``closed`` with the mutable references made inside it turned into values.
 
     One that works on references from outside comes back as it is.
+
+    Raises:
+        TraceError: JAX can not (seen in 0.10.2, of a reference made in a loop that was
+            differentiated and is written in a loop inside it).
     """
     inside = any(isinstance(e, core.InternalMutableArrayEffect) for e in closed.effects)
     outside = any(isinstance(e, RefEffect) for e in closed.effects)
-    return discharge_state(closed) if inside and not outside else closed
+    if outside or not inside:
+        return closed
+    try:
+        return discharge_state(closed)
+    except ValueError as error:
+        raise TraceError(
+            "JAX can not turn the step's mutable references into values: "
+            f"{str(error).splitlines()[0]} Make them outside of differentiated loops, "
+            "or carry their values instead."
+        ) from error
 
 
 def as_weak(x: jax.Array) -> jax.Array:
