@@ -131,3 +131,10 @@ def test_an_environment_of_another_launcher() -> None:
         worker_environment(given, 2)
     assert "JAX_COORDINATOR_ADDRESS=host:1" in str(caught.value)
     assert "JAX_PLATFORMS=cuda" in str(caught.value)
+
+
+def test_collectives_of_workers_run_in_order() -> None:
+    flag = "--xla_cpu_enable_concurrency_optimized_scheduler"
+    assert worker_environment({}, 2)["XLA_FLAGS"] == f"{flag}=false"
+    own = {"XLA_FLAGS": f"{flag}=true"}
+    assert worker_environment(own, 2)["XLA_FLAGS"] == f"{flag}=true"
