@@ -96,9 +96,9 @@ def log_of(job: Job) -> Path:
 
 
 _IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-"""For programs whose collectives go from process to process. Scheduled to run side by
-side, the default of CPUs, they gave wrong sums (jaxlib 0.10.2: a pipeline in one program
-on 4 processes, gradients off by 1 % in most runs; in none since)."""
+"""For programs whose collectives go from process to process. Scheduled to run side
+by side, the default of CPUs, they gave wrong sums (jaxlib 0.10.2: a pipeline in one
+program on 4 processes, gradients off by 1 % in most runs; in none since)."""
 
 
 class Interrupted(Exception):
