@@ -10,7 +10,6 @@ does not fit. Results are kept in a file; cells already there are not planned ag
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.kept import by_key, keep
 from benchmarks.models import NAMES, build
 from benchmarks.primitives import how
 from rhino_jax.api.planned import Planned
@@ -238,10 +238,7 @@ def line(name: str, cluster: str, found: Cell) -> tuple[str, ...]:
 )
 def main(models: str, clusters: str, size: str, out: Path) -> None:
     """Plan what is missing, print the table, exit 1 where something is missing."""
-    done: dict[str, dict[str, Any]] = {}
-    if out.exists():
-        rows = map(json.loads, out.read_text().splitlines())
-        done = {row["key"]: row for row in rows}
+    done = by_key(out)
     table = Table(box=None)
     for heading in HEADINGS:
         table.add_column(heading)
@@ -256,8 +253,7 @@ def main(models: str, clusters: str, size: str, out: Path) -> None:
                 except InfeasibleError as error:
                     row["error"] = str(error)
                 done[key] = row
-                with out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                keep(out, row)
             if "error" in done[key]:
                 wrong.append(f"{key}: {done[key]['error']}")
                 click.echo(wrong[-1])

@@ -9,7 +9,6 @@ again. ``python -m benchmarks.equality --help``.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from functools import cache
@@ -29,6 +28,7 @@ import numpy as np
 import optax
 
 import rhino_jax as rhino
+from benchmarks.kept import by_key, keep
 from benchmarks.models import NAMES, build
 from benchmarks.models.zoo import Model, run_init
 from rhino_jax.api.planned import subject_of
@@ -171,11 +171,7 @@ def _array(x: Any) -> np.ndarray:
 )
 def main(models: str, recipes: str, meshes: str, checks: str, out: Path) -> None:
     """Run what is missing and say what is not equal."""
-    done: dict[str, dict[str, Any]] = {}
-    if out.exists():
-        for line in out.read_text().splitlines():
-            row = json.loads(line)
-            done[row["key"]] = row
+    done = by_key(out)
     for name in models.split(","):
         for check in checks.split(","):
             for mesh in meshes.split(","):
@@ -191,8 +187,7 @@ def main(models: str, recipes: str, meshes: str, checks: str, out: Path) -> None
                                 "does not apply" if needs else f"error: {error}"
                             )
                         done[key] = row
-                        with out.open("a") as file:
-                            file.write(json.dumps(row) + "\n")
+                        keep(out, row)
                     click.echo(f"{key}: {done[key]['outcome']}")
         reference.cache_clear()
         jax.clear_caches()

@@ -13,7 +13,6 @@ there already is not run again. ``python -m benchmarks.faults --help``.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -28,6 +27,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from benchmarks.kept import by_key, keep, rows
 from benchmarks.resumable import STEPS
 
 SCRIPT = Path(__file__).with_name("resumable.py")
@@ -106,9 +106,7 @@ def worker_pid(launcher: int, rank: int) -> int | None:
 
 def losses_of(folder: Path) -> list[dict[str, float]]:
     """All that was written, in order; steps that ran twice are there twice."""
-    file = folder / "losses.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines]
+    return rows(folder / "losses.jsonl")
 
 
 def uninterrupted(
@@ -212,9 +210,10 @@ def after_a_step(rng: np.random.Generator, folder: Path) -> Callable[[float], bo
 )
 def main(processes: int, stages: int, kills: int, out: Path) -> None:
     """Run the kills that are missing and say which went wrong."""
-    lines = out.read_text().splitlines() if out.exists() else []
-    rows = [json.loads(line) for line in lines]
-    done = {x["key"]: Trial(**{**x, "death": Death(**x["death"])}) for x in rows}
+    done = {
+        key: Trial(**{**x, "death": Death(**x["death"])})
+        for key, x in by_key(out).items()
+    }
     with tempfile.TemporaryDirectory() as name:
         expected, seconds = uninterrupted(Path(name), processes, stages)
     click.echo(f"{len(expected)} steps in {seconds:.1f} s, nobody killed")
@@ -231,8 +230,7 @@ def main(processes: int, stages: int, kills: int, out: Path) -> None:
                     made = trial(key, folder, processes, rank, when, expected, stages)
                 if made is not None:
                     done[key] = made
-                    with out.open("a") as file:
-                        file.write(json.dumps(asdict(made)) + "\n")
+                    keep(out, asdict(made))
             one = done[key]
             verdict = "good" if one.good else f"WRONG: {one}"
             click.echo(

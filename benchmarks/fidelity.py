@@ -7,7 +7,6 @@ for ``lowering="auto"``. Run ``python -m benchmarks.fidelity --help``.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rhino_jax as rhino
+from benchmarks.kept import by_key, keep
 from benchmarks.models import FIRST, build
 from rhino_jax.errors import OptionsError
 from rhino_jax.search.recipes import RECIPES
@@ -47,7 +47,12 @@ def cell(
         if "needs" in str(error):
             return {"outcome": "does not apply"}
         raise
-    plan_seconds = time.perf_counter() - began
+    return {"plan_seconds": time.perf_counter() - began, **compiled(planned)}
+
+
+def compiled(planned: rhino.Planned) -> dict[str, Any]:
+    """What a compiler makes of a plan: bytes by axis beside the planned ones, and
+    collectives that only one of both has; or why there is nothing."""
     began = time.perf_counter()
     facts = planned.compile_only()
     compile_seconds = time.perf_counter() - began
@@ -63,7 +68,7 @@ def cell(
         "extra": [str(one) for one in found.extra],
         "missing": [str(one) for one in found.missing],
         "faithful": found.ok,
-        "plan_seconds": plan_seconds,
+        "compiled_bytes": facts.memory.peak_bytes if facts.memory else 0,
         "compile_seconds": compile_seconds,
     }
 
@@ -109,11 +114,7 @@ def main(
 ) -> None:
     """Compile every cell and print the table."""
     console = Console(width=150)
-    done: dict[str, dict[str, Any]] = {}
-    if out.exists():
-        for line in out.read_text().splitlines():
-            entry = json.loads(line)
-            done[entry["key"]] = entry
+    done = by_key(out)
     table = Table("model", "recipe", "cluster", "lowering", "axes planned/compiled", "")
     bad = 0
     for cluster in clusters.split(","):
@@ -124,8 +125,7 @@ def main(
                     if key not in done:
                         row = cell(name, recipe, cluster, lowering, size, depth)
                         done[key] = {"key": key, **row}
-                        with out.open("a") as file:
-                            file.write(json.dumps(done[key]) + "\n")
+                        keep(out, done[key])
                     row = done[key]
                     if row["outcome"] == "does not apply":
                         continue

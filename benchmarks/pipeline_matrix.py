@@ -35,6 +35,7 @@ import numpy as np
 
 import rhino_jax as rhino
 from benchmarks.equality import STATE_TOLERANCE, worst_leaf
+from benchmarks.kept import by_key, keep
 from benchmarks.models import materialize
 from benchmarks.models.branches import STEPS
 from rhino_jax.api.staging import IN_ONE_PROGRAM
@@ -195,8 +196,7 @@ def run_here(wanted: Iterable[Case], out: Path) -> None:
         except rhino.RhinoError as error:
             row["outcome"] = f"error: {error}"
         if jax.process_index() == 0:
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            keep(out, row)
         jax.clear_caches()
 
 
@@ -220,18 +220,12 @@ def launched(processes: int, wanted: list[Case], out: Path) -> None:
                 text=True,
                 check=False,
             )
-            left = [case for case in left if str(case) not in read(out)]
+            there = by_key(out)
+            left = [case for case in left if str(case) not in there]
             if done.returncode and left:
                 said = done.stderr.strip().splitlines()[-1]
                 row = {"key": str(left.pop(0)), "outcome": f"ended: {said}"}
-                with out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-
-
-def read(out: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a file by case."""
-    lines = out.read_text().splitlines() if out.exists() else []
-    return {row["key"]: row for row in map(json.loads, lines)}
+                keep(out, row)
 
 
 @click.command()
@@ -255,14 +249,16 @@ def main(models: str, processes: str, out: Path, inner: Path | None) -> None:
     chosen = [case for case in every if case.model in models.split(",")]
     for count in map(int, processes.split(",")):
         wanted = [case for case in chosen if case.processes == count]
-        missing = [case for case in wanted if str(case) not in read(out)]
+        there = by_key(out)
+        missing = [case for case in wanted if str(case) not in there]
         if count == 1:
             run_here(missing, out)
         else:
             launched(count, missing, out)
+        there = by_key(out)
         for case in wanted:
-            click.echo(f"{case}: {read(out)[str(case)]['outcome']}")
-    done = read(out).values()
+            click.echo(f"{case}: {there[str(case)]['outcome']}")
+    done = by_key(out).values()
     equal = sum(row["outcome"] == "equal" for row in done)
     click.echo(f"{equal} of {len(done)} cases equal")
 

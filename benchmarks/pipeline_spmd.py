@@ -9,7 +9,6 @@ beside compiled memory. ``python -m benchmarks.pipeline_spmd --help``.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 import click
 
 import rhino_jax as rhino
-from benchmarks.fidelity import faithful
+from benchmarks.fidelity import compiled, faithful
+from benchmarks.kept import by_key, keep
 from benchmarks.models.gpt_scanned import build
-from rhino_jax.verify.audit import audit
 
 MESHES = {
     "h100:8x8": {2: {"data": 4, "tensor": 8}, 4: {"data": 2, "tensor": 8}, 8: {"y": 8}},
@@ -69,25 +68,10 @@ def cell(case: Case) -> dict[str, Any]:
         recipe="" if case.recipe == "search" else case.recipe,
         cache_dir="",
     )
-    plan_seconds = time.perf_counter() - began
-    began = time.perf_counter()
-    facts = planned.compile_only()
-    compile_seconds = time.perf_counter() - began
-    if not facts.ok:
-        return {"outcome": f"{facts.outcome}: {facts.message[:300]}"}
-    found = audit(planned.planned_collectives(), facts, planned.plan.mesh.shape)
     return {
-        "outcome": "ok",
-        "axes": {
-            row.axes: [row.planned_bytes, row.compiled_bytes, row.ratio]
-            for row in found.rows
-        },
-        "extra": [str(one) for one in found.extra],
-        "missing": [str(one) for one in found.missing],
+        "plan_seconds": time.perf_counter() - began,
         "predicted_bytes": planned.prediction().peak_bytes,
-        "compiled_bytes": facts.memory.peak_bytes if facts.memory else 0,
-        "plan_seconds": plan_seconds,
-        "compile_seconds": compile_seconds,
+        **compiled(planned),
     }
 
 
@@ -100,8 +84,8 @@ def text(row: dict[str, Any]) -> str:
         for axis, (a, b, _) in row["axes"].items()
     )
     verdict = "faithful" if faithful(row) else f"{len(row['extra'])} extra"
-    predicted, compiled = row["predicted_bytes"], row["compiled_bytes"]
-    memory = f"{predicted / 2**30:.2f}/{compiled / 2**30:.2f} GiB"
+    ours, theirs = row["predicted_bytes"], row["compiled_bytes"]
+    memory = f"{ours / 2**30:.2f}/{theirs / 2**30:.2f} GiB"
     return f"{axes}; memory {memory}: {verdict}"
 
 
@@ -133,11 +117,7 @@ def main(
     out: Path,
 ) -> None:
     """Compile what is missing and say what is not the plan."""
-    done: dict[str, dict[str, Any]] = {}
-    if out.exists():
-        done = {
-            row["key"]: row for row in map(json.loads, out.read_text().splitlines())
-        }
+    done = by_key(out)
     asked = (s.split(",") for s in (clusters, workers, schedules, recipes, remat))
     good = every = 0
     for cluster, count, schedule, recipe, kept in itertools.product(*asked):
@@ -158,8 +138,7 @@ def main(
             except rhino.RhinoError as error:
                 row["outcome"] = f"error: {error}"
             done[str(case)] = row
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            keep(out, row)
         every += 1
         good += faithful(done[str(case)])
         click.echo(f"{case}: {text(done[str(case)])}")

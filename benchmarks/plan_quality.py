@@ -9,7 +9,6 @@ again. ``python -m benchmarks.plan_quality --help``.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rhino_jax as rhino
+from benchmarks.kept import by_key, keep
 from benchmarks.models import FIRST, build
 from rhino_jax.api.planned import subject_of
 from rhino_jax.api.planning import MARGIN, traced_bare
@@ -147,10 +147,7 @@ def faults(row: dict[str, Any]) -> list[str]:
 )
 def main(models: str, clusters: str, size: str, depth: int, out: Path) -> None:
     """Run what is missing, print the table, exit 1 where something is wrong."""
-    done: dict[str, dict[str, Any]] = {}
-    if out.exists():
-        rows = map(json.loads, out.read_text().splitlines())
-        done = {row["key"]: row for row in rows}
+    done = by_key(out)
     table = Table(box=None)
     for heading in ("model", "cluster", "mesh", "found ms", "best expert", "ms"):
         table.add_column(heading)
@@ -166,8 +163,7 @@ def main(models: str, clusters: str, size: str, depth: int, out: Path) -> None:
                     done[key] = {"key": key, **cell(name, cluster, size, depth)}
                 except rhino.RhinoError as error:
                     done[key] = {"key": key, "error": str(error)}
-                with out.open("a") as file:
-                    file.write(json.dumps(done[key]) + "\n")
+                keep(out, done[key])
             row = done[key]
             found = faults(row)
             wrong += bool(found)

@@ -8,7 +8,6 @@ changed since. Run ``python -m benchmarks.prediction --help``.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import kept
 from benchmarks.memory import BATCHES, CLUSTERS, KINDS, Case, cases, predicted
 from rhino_jax.api.cache import sources
 from rhino_jax.errors import RhinoError
@@ -235,12 +235,9 @@ def words(row: Row) -> tuple[str, ...]:
 
 def kept_rows(out: Path, version: str) -> dict[str, Row]:
     """The rows in ``out`` that today's prices made."""
-    if not out.exists():
-        return {}
-    entries = (json.loads(line) for line in out.read_text().splitlines())
     return {
         entry["row"]["name"]: Row(**entry["row"])
-        for entry in entries
+        for entry in kept.rows(out)
         if entry["version"] == version
     }
 
@@ -288,8 +285,7 @@ def main(
             if row is None:
                 continue
             entry: dict[str, Any] = {"version": version, "row": asdict(row)}
-            with out.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            kept.keep(out, entry)
             console.print(*words(row))
         rows.append(row)
         table.add_row(*words(row))

@@ -38,6 +38,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 import rhino_jax as rhino
+from benchmarks.kept import keep, rows
 from benchmarks.models import build
 from benchmarks.models.zoo import Model, run_init
 from rhino_jax.api.planned import subject_of
@@ -154,13 +155,10 @@ class Kept:
 
     def rounds(self, model: str) -> list[dict[str, list[float]]]:
         """Seconds of every plan, by clock, by round."""
-        file = self.file(model, "rounds.jsonl")
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [json.loads(line) for line in lines]
+        return rows(self.file(model, "rounds.jsonl"))
 
     def add(self, model: str, seconds: dict[str, list[float]]) -> None:
-        with self.file(model, "rounds.jsonl").open("a") as file:
-            file.write(json.dumps(seconds) + "\n")
+        keep(self.file(model, "rounds.jsonl"), seconds)
 
 
 def profile_measured(kept: Kept) -> None:

@@ -10,7 +10,6 @@ benchmarks.processes --help``.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from benchmarks.equality import (
     decorated,
     worst_leaf,
 )
+from benchmarks.kept import by_key, keep, rows
 from benchmarks.models import build
 from benchmarks.models.zoo import Model
 
@@ -94,8 +94,7 @@ def inner(name: str, plans: list[str], out: Path) -> None:
                 "worst_leaf": leaf,
                 "seconds": round(seconds, 1),
             }
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            keep(out, row)
 
 
 def run(name: str, plans: list[str], processes: int, devices: int) -> list[Any]:
@@ -113,12 +112,11 @@ def run(name: str, plans: list[str], processes: int, devices: int) -> list[Any]:
             text=True,
             check=False,
         )
-        lines = out.read_text().splitlines() if out.exists() else []
-        rows = [json.loads(line) for line in lines]
+        found = rows(out)
         if done.returncode:
             said = done.stderr.strip().splitlines()[-1]
-            rows += [{"plan": plan, "outcome": said} for plan in plans[len(rows) :]]
-        return rows
+            found += [{"plan": plan, "outcome": said} for plan in plans[len(found) :]]
+        return found
 
 
 @click.command()
@@ -136,8 +134,7 @@ def main(models: str, plans: str, out: Path, within: Path | None) -> None:
     if within:
         inner(models, plans.split(","), within)
         return
-    lines = out.read_text().splitlines() if out.exists() else []
-    done = {row["key"]: row for row in map(json.loads, lines)}
+    done = by_key(out)
     for name in models.split(","):
         for processes, devices in SHAPES:
             wanted = plans.split(",") if plans else list(PLANS[name])
@@ -146,8 +143,7 @@ def main(models: str, plans: str, out: Path, within: Path | None) -> None:
             for row in run(name, missing, processes, devices) if missing else []:
                 key = keys[row["plan"]]
                 done[key] = {"key": key, **row}
-                with out.open("a") as file:
-                    file.write(json.dumps(done[key]) + "\n")
+                keep(out, done[key])
             for key in keys.values():
                 click.echo(f"{key}: {done[key]['outcome']}")
     equal = sum(row["outcome"] == "equal" for row in done.values())

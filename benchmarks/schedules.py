@@ -14,7 +14,6 @@ already is not run again. ``--workers 1-64`` takes about half an hour.
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.kept import keep, rows
 from rhino_jax.schedule import SCHEDULES, Schedule, make_schedule
 from rhino_jax.schedule.closed_forms import in_flight, makespan_seconds
 from rhino_jax.schedule.generate import LOOPED
@@ -75,16 +75,13 @@ def sweep(
 
 def run_sweep(file: Path, workers: Iterable[int]) -> int:
     """Append what is missing to ``file``; how many pipelines are not as told."""
-    file.touch()
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    done = {tuple(row["key"]) for row in rows}
-    with file.open("a") as out:
-        for row in sweep(workers, done):
-            rows.append(row)
-            print(json.dumps(row), file=out, flush=True)
-    wrong = sum(len(row["wrong"]) for row in rows)
+    found = rows(file)
+    for row in sweep(workers, {tuple(row["key"]) for row in found}):
+        found.append(row)
+        keep(file, row)
+    wrong = sum(len(row["wrong"]) for row in found)
     click.echo(
-        f"{len(rows) * len(MICROBATCHES)} pipelines simulated, {wrong} not as told"
+        f"{len(found) * len(MICROBATCHES)} pipelines simulated, {wrong} not as told"
     )
     return wrong
 

@@ -36,12 +36,12 @@ from rhino_jax.cost.instructions import (
     with_stores,
 )
 from rhino_jax.cost.simplify import simplified
-from rhino_jax.cost.ticks import accumulator_dtype, pipelined, with_totals
+from rhino_jax.cost.ticks import pipelined, with_totals
 from rhino_jax.cost.tiles import stored_bytes, window_shapes
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
-from rhino_jax.ir.program import WAITS, Op, Program, itemsize
+from rhino_jax.ir.program import WAITS, Op, Program, accumulator_dtype, itemsize
 from rhino_jax.ir.steps import Move
 
 __all__ = [
@@ -246,7 +246,7 @@ class Unfolding:
         """A buffer for what the loop gives: an accumulator, or all turns' rows."""
         value = program.values[move.value]
         if move.source.operator(TIME):
-            dtype = accumulator_dtype(value)
+            dtype = accumulator_dtype(value.dtype)
             size = self.size(value.shape, dtype, move.source)
         else:
             size = trips * self.size(value.shape, value.dtype, move.source)
@@ -256,7 +256,7 @@ class Unfolding:
     def narrow(self, frame: _Frame, move: Move, place: int) -> None:
         """A total in the value's own dtype again."""
         value = frame.program.values[move.value]
-        if move.source.operator(TIME) and accumulator_dtype(value) != value.dtype:
+        if move.source.operator(TIME) and accumulator_dtype(value.dtype) != value.dtype:
             total = frame.get(move.value, move.target)
             own = self.new(frame.program, move.value, move.target)
             self.emit(

@@ -10,6 +10,7 @@ from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.fusion import Fusion
 from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.instructions import Unfolded
+from rhino_jax.cost.memory import real_reads
 from rhino_jax.cost.order import combined_at
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.steps import Step
@@ -19,12 +20,7 @@ def collective_seconds(
     unfolded: Unfolded, fused: Fusion, mesh: Mesh, cluster: Cluster
 ) -> dict[int, float]:
     """Of every collective, by its instruction: what is combined is sent at once."""
-    reads = [
-        tuple(s for b in at.reads for s in fused.sources[b])
-        if not at.writes or any(fused.written[b] for b in at.writes)
-        else ()
-        for at in unfolded.instructions
-    ]
+    reads = [real_reads(at, fused) for at in unfolded.instructions]
     threshold = HABITS[cluster.device.platform].combine_bytes
     places = combined_at(unfolded, reads, threshold)
     groups: dict[int, list[tuple[int, Step]]] = defaultdict(list)

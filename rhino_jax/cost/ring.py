@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rhino_jax.cost.buffers import accumulator_dtype
 from rhino_jax.cost.instructions import Instruction
 from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.ir.factors import RING, Choice, Rule, layouts
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.program import Value
+from rhino_jax.ir.program import Value, accumulator_dtype
 from rhino_jax.ir.steps import PERMUTE, Step
 
 
@@ -45,7 +44,7 @@ def handed_on(
         count = mesh.group_size(axes)
         around = [(reads[i], wanted[i], count - 1) for i in factor.handed]
         for i in factor.returned:
-            terms = replace(makes[i], dtype=accumulator_dtype(makes[i]))
+            terms = replace(makes[i], dtype=accumulator_dtype(makes[i].dtype))
             around += [(terms, given[i], count - 1), (makes[i], given[i], 1)]
         for value, layout, turns in around:
             sent = local_bytes(value.shape, value.dtype, layout, mesh)

@@ -20,21 +20,11 @@ from rhino_jax.cost.instructions import (
 )
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.mesh import TIME
-from rhino_jax.ir.program import Op, Program, Value, itemsize
+from rhino_jax.ir.program import Op, Program, accumulator_dtype
 from rhino_jax.ir.steps import Move
 
 if TYPE_CHECKING:
     from rhino_jax.cost.buffers import Unfolding
-
-
-def accumulator_dtype(value: Value) -> str:
-    """In which dtype terms of ``value`` are added up over microbatches.
-
-    >>> accumulator_dtype(Value((), "bfloat16")), accumulator_dtype(Value((), "int8"))
-    ('float32', 'int8')
-    """
-    floating = value.dtype.startswith(("float", "bfloat"))
-    return "float32" if floating and itemsize(value.dtype) < 4 else value.dtype
 
 
 def pipelined(
@@ -89,14 +79,14 @@ def _is_narrow(op: Op, plan: OpPlan, k: int) -> bool:
     (body,), (inner,) = op.programs, plan.inner
     value = body.values[body.outputs[k]]
     added = inner.outputs[k].operator(TIME) is not None
-    return added and accumulator_dtype(value) != value.dtype
+    return added and accumulator_dtype(value.dtype) != value.dtype
 
 
 def _wide(work: Unfolding, program: Program, op: Op, plan: OpPlan, k: int) -> int:
     """A buffer for the terms of result ``k``."""
     value = program.values[op.results[k]]
     _, given = boundary(program, op, plan, None)
-    size = work.size(value.shape, accumulator_dtype(value), given[k])
+    size = work.size(value.shape, accumulator_dtype(value.dtype), given[k])
     work.buffers.append(Buffer(op.results[k], size, value.name or f"{value}"))
     return len(work.buffers) - 1
 

@@ -36,6 +36,16 @@ def itemsize(dtype: str) -> float:
     return int(bits.group()) / 8
 
 
+def accumulator_dtype(dtype: str) -> str:
+    """In which dtype terms are added up over turns or ticks: float32 at least.
+
+    >>> accumulator_dtype("bfloat16"), accumulator_dtype("int8")
+    ('float32', 'int8')
+    """
+    floating = dtype.startswith(("float", "bfloat"))
+    return "float32" if floating and itemsize(dtype) < 4 else dtype
+
+
 WAITS = "waits"
 """The parameter of an op that names values: ones that must be there before it runs."""
 

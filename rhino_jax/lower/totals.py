@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from rhino_jax.ir.program import accumulator_dtype
 from rhino_jax.lower.reshard import neutral
 
 COMBINE: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
@@ -20,7 +21,5 @@ COMBINE: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 def empty(operator: str, shape: tuple[int, ...], dtype: str) -> jax.Array:
     """The total before the first term, of narrow floating types in float32."""
-    wide = jnp.dtype(dtype)
-    if jnp.issubdtype(wide, jnp.floating) and wide.itemsize < 4:
-        wide = jnp.dtype(jnp.float32)
+    wide = jnp.dtype(accumulator_dtype(dtype))
     return jnp.broadcast_to(neutral(operator, wide), shape)

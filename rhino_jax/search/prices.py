@@ -87,10 +87,7 @@ class ClusterPrices:
         gone = sum(
             local_bytes(v.shape, v.dtype, x, mesh) for v, x, away in made if away
         )
-        around = sum(
-            one.turns * self.move(one.step, mesh, 0)
-            for one in handed_on(rule, choice, reads, makes, mesh)
-        )
+        around = _around_a_ring(self, rule, choice, reads, makes, mesh)
         return work.seconds + around + memory_seconds(FUSED_SHARE * gone, device)
 
 
@@ -128,7 +125,17 @@ class AlphaBeta:
         mesh: Mesh,
         fused: tuple[bool, ...],
     ) -> float:
-        return sum(
-            one.turns * self.move(one.step, mesh, 0)
-            for one in handed_on(rule, choice, reads, makes, mesh)
-        )
+        return _around_a_ring(self, rule, choice, reads, makes, mesh)
+
+
+def _around_a_ring(
+    prices: Prices,
+    rule: Rule,
+    choice: Choice,
+    reads: tuple[Value, ...],
+    makes: tuple[Value, ...],
+    mesh: Mesh,
+) -> float:
+    """Seconds of what an op hands around by itself."""
+    handed = handed_on(rule, choice, reads, makes, mesh)
+    return sum(one.turns * prices.move(one.step, mesh, 0) for one in handed)

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from rhino_jax.ir.analysis.batch import WHOLE
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.factors import (
-    BLOCKED,
-    RING,
-    WINDOW,
     Choice,
     Rule,
     choice_problems,
@@ -116,7 +114,7 @@ class Walk:
             digit = follow(rule, rule.operands[i], *where, size)
             if digit is None:
                 raise Mixed(op, (i,), "examples are regrouped")
-            if rule.factor(digit[0]).kind in (BLOCKED, RING, WINDOW):
+            if rule.factor(digit[0]).kind in WHOLE:
                 raise Mixed(op, (i,), "examples must be seen whole")
             choice = Choice.of({digit[0]: [digit[1]]})
             if choice_problems(rule, choice, self.mesh):
@@ -153,7 +151,7 @@ class Walk:
             if where is None:
                 continue
             digit = follow(rule, rule.results[r], *where, self.mesh.size(TIME))
-            if digit is None or rule.factor(digit[0]).kind in (BLOCKED, RING, WINDOW):
+            if digit is None or rule.factor(digit[0]).kind in WHOLE:
                 return None
             choice = Choice.of({digit[0]: [digit[1]]})
             if choice_problems(rule, choice, self.mesh):

@@ -11,30 +11,12 @@ import numpy as np
 import pytest
 
 import rhino_jax as rhino
-from benchmarks.equality import STATE_TOLERANCE, worst_leaf
 from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.ir.mesh import STAGE
 from rhino_jax.ir.steps import PERMUTE
 from rhino_jax.plan import Plan
+from tests.api.pipes import check_equal, mesh
 from tests.layers import checkpointed, dropping, make, normed, plain, sharing
-
-
-def mesh(workers: int, **axes: int) -> jax.sharding.Mesh:
-    sizes = {"stage": workers, **axes}
-    shape = tuple(sizes.values())
-    devices = np.array(jax.devices()[: int(np.prod(shape))], object)
-    return jax.sharding.Mesh(devices.reshape(shape), tuple(sizes))
-
-
-def check_equal(step: Any, state: Any, batch: Any, piped: Any) -> None:
-    """Two steps one after the other, state and metrics."""
-    state = jax.device_get(state)
-    now, expected = piped.place(state, batch), state
-    for _ in range(2):
-        now, found = piped(now, batch)
-        expected, wanted = jax.jit(step)(expected, batch)
-        error, path = worst_leaf((expected, wanted), (now, found))
-        assert error <= STATE_TOLERANCE, f"{path}: {error}"
 
 
 @pytest.mark.usefixtures("x64")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import rhino_jax as rhino
-from benchmarks.equality import STATE_TOLERANCE, worst_leaf
+from benchmarks.equality import worst_leaf
 from benchmarks.models import materialize
 from benchmarks.models.branches import STEPS
 from rhino_jax import errors
@@ -26,27 +26,9 @@ from rhino_jax.plan import Plan
 from rhino_jax.runtime.controller import Controller
 from rhino_jax.runtime.tasks import Free, Run, Task, flat
 from rhino_jax.schedule.memory import in_flight
+from tests.api.pipes import check_equal, mesh
 
 WORKERS = {"cache_dir": "", "microbatches": 4, "recipe": "data_parallel"}
-
-
-def mesh(workers: int, **axes: int) -> jax.sharding.Mesh:
-    """The first devices, with a leading axis over the workers."""
-    sizes = {"stage": workers, **axes}
-    shape = tuple(sizes.values())
-    devices = np.array(jax.devices()[: int(np.prod(shape))], object)
-    return jax.sharding.Mesh(devices.reshape(shape), tuple(sizes))
-
-
-def check_equal(step: Any, state: Any, batch: Any, piped: Any, count: int = 2) -> None:
-    """``count`` steps one after the other, state and metrics."""
-    state = jax.device_get(state)
-    now, expected = piped.place(state, batch), state
-    for _ in range(count):
-        now, found = piped(now, batch)
-        expected, wanted = jax.jit(step)(expected, batch)
-        error, path = worst_leaf((expected, wanted), (now, found))
-        assert error <= STATE_TOLERANCE, f"{path}: {error}"
 
 
 # ---- equal --------------------------------------------------------------------------

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rhino_jax.ir.program import accumulator_dtype
+
 LONGEST, SHORTEST = 1024, 128
 BLOCK_BYTES = 64 * 2**20
 """Rows of a block, and about how large the scores of one may be."""
@@ -71,7 +73,7 @@ class Hiding:
 
 def accumulating(dtype: Any) -> Any:
     """The dtype of scores and sums: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(accumulator_dtype(jnp.dtype(dtype).name))
 
 
 def forward(
@@ -127,8 +129,8 @@ def merged(
     """Results for two sets of keys, as one for all of them."""
     sums = jnp.logaddexp(one[1], other[1])
     base = _finite(sums)
-    parts = (x * jnp.exp(part - base)[..., None] for x, part in (one, other))
-    return sum(parts), sums  # type: ignore[return-value]
+    mine, theirs = (x * jnp.exp(part - base)[..., None] for x, part in (one, other))
+    return mine + theirs, sums
 
 
 class Gradients(NamedTuple):
