@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rhino_jax.cost.ring import handed_on
+from rhino_jax.cost.ring import handed_on, turn_of
 from rhino_jax.errors import PlanFileError, problems
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, trips_of
 from rhino_jax.ir.data import assignment_data, assignment_of
@@ -352,20 +352,20 @@ def collectives(
     for index, (op, plan) in enumerate(zip(program.ops, assignment.ops, strict=True)):
         turns = count * (loop.trips if index in inside else 1)
         for move in plan.before:
-            yield from _of_move(program, move, op, turns)
+            yield from _of_move(program, move, op, mesh, turns)
         for inner, body in zip(op.programs, plan.inner, strict=True):
             yield from collectives(inner, body, mesh, turns * trips_of(op, plan))
             for move in plan.handed:
                 assert plan.staged is not None
-                yield from _of_move(inner, move, op, turns * plan.staged.ticks)
+                yield from _of_move(inner, move, op, mesh, turns * plan.staged.ticks)
         if not op.programs:
             yield from _of_ring(program, op, plan, mesh, turns)
         for move in plan.after:
-            yield from _of_move(program, move, op, turns)
+            yield from _of_move(program, move, op, mesh, turns)
     for move in loop.leave:
-        yield from _of_move(program, move, _maker(program, move.value), count)
+        yield from _of_move(program, move, _maker(program, move.value), mesh, count)
     for move in assignment.final:
-        yield from _of_move(program, move, _maker(program, move.value), count)
+        yield from _of_move(program, move, _maker(program, move.value), mesh, count)
 
 
 def _maker(program: Program, value: int) -> Op | None:
@@ -384,11 +384,14 @@ def _of_ring(
 
 
 def _of_move(
-    program: Program, move: Move, op: Op | None, count: int
+    program: Program, move: Move, op: Op | None, mesh: Mesh, count: int
 ) -> Iterator[Collective]:
     value = program.values[move.value]
     for step in move.steps:
-        if step.wire_bytes:
+        if move.within:
+            turn, turns = turn_of(step, mesh)
+            yield _written(turn, value, op, count * turns)
+        elif step.wire_bytes:
             yield _written(step, value, op, count)
 
 

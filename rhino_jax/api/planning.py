@@ -32,6 +32,7 @@ from rhino_jax.api.where import (
 )
 from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cluster.topology import Cluster, part
+from rhino_jax.cost.habits import HABITS
 from rhino_jax.errors import (
     InfeasibleError,
     MeshError,
@@ -51,6 +52,7 @@ from rhino_jax.plan import Plan, Predicted, make_plan
 from rhino_jax.search.auto import plan_search
 from rhino_jax.search.candidates import Candidate, Wish
 from rhino_jax.search.choose import default_meshes, plan_recipe, plan_staged
+from rhino_jax.search.collective_matmul import interleaved
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched, rows_together
 from rhino_jax.search.notes import plan_notes
@@ -188,6 +190,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
             "" if options.memory_limit_bytes else more_memory(cluster),
             pipeline,
             cut,
+            not workers > 1 and _takes_in(options, share),
         ),
     )
     best: Candidate = found.best
@@ -247,6 +250,12 @@ def _meshes(cluster: Cluster, level: int, cut: Staged | None) -> tuple[Mesh, ...
         return candidate_meshes(cluster, level)
     share = candidate_meshes(part(cluster, cut.stages), level)
     return tuple(with_stages(mesh, cut) for mesh in share)
+
+
+def _takes_in(options: Options, cluster: Cluster) -> bool:
+    """Whether products may do collectives while they work."""
+    asked = options.collective_matmul
+    return HABITS[cluster.device.platform].sends_beside if asked is None else asked
 
 
 def _limit(options: Options, cluster: Cluster) -> int:
@@ -309,6 +318,9 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
                 problems(f"{batches} microbatches can not be:", timed.reasons)
             )
         assignment = timed[0]
+    if options.collective_matmul and options.stages is None:
+        cluster = cluster_of(options)
+        assignment = interleaved(traced.program, assignment, mesh, cluster)
     if options.stages is not None:
         cluster = cluster_of(options)
         limit = _limit(options, cluster)

@@ -11,7 +11,7 @@ So are the ops that run for every microbatch: their loop's carries are the accum
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rhino_jax.cost.habits import PLAIN, Habits
 from rhino_jax.cost.instructions import (
@@ -42,7 +42,7 @@ from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
 from rhino_jax.ir.program import WAITS, Op, Program, accumulator_dtype, itemsize
-from rhino_jax.ir.steps import Move
+from rhino_jax.ir.steps import ALL_GATHER, PASSED, Move
 
 __all__ = [
     "ACCUMULATE",
@@ -56,6 +56,9 @@ __all__ = [
     "Unfolded",
     "unfold",
 ]
+
+IN_FLIGHT = 2
+"""Shards at hand while they go around a ring: one is used, the next one comes in."""
 
 
 def unfold(
@@ -276,7 +279,13 @@ class Unfolding:
         if move.again:
             self.pinned[now] = None
         for step in move.steps:
-            after = self.new(frame.program, move.value, step.target)
+            # A product that gathers by itself has two shards at hand.
+            passed = move.within == PASSED and step.kind == ALL_GATHER
+            after = self.new(
+                frame.program, move.value, step.source if passed else step.target
+            )
+            if passed:
+                self.widen(after, IN_FLIGHT)
             role = ROLES.get(step.kind, OPAQUE)
             pairs = ((now, after),) if step.kind in OVERWRITES else ()
             self.emit(
@@ -290,6 +299,7 @@ class Unfolding:
                     op,
                     step=step,
                     overwrites=pairs,
+                    within=move.value if move.within else None,
                 )
             )
             now = after
@@ -316,7 +326,8 @@ class Unfolding:
             frame.put(op.results[0], given[0], reads[0])
             return
         writes = tuple(
-            frame.put(v, layout) for v, layout in zip(op.results, given, strict=True)
+            frame.put(v, layout, self.made(program, v, layout, plan))
+            for v, layout in zip(op.results, given, strict=True)
         )
         if plan.staged:
             pipelined(self, program, op, plan, reads, writes, place)
@@ -343,6 +354,19 @@ class Unfolding:
                 overwrites(op, reads, writes),
             )
         )
+
+    def made(self, program: Program, value: int, layout: Layout, plan: OpPlan) -> int:
+        """A buffer for a result: of one that the op scatters by itself, two shards."""
+        for move in plan.after:
+            if move.within and (move.value, move.source) == (value, layout):
+                return self.widen(self.new(program, value, move.target), IN_FLIGHT)
+        return self.new(program, value, layout)
+
+    def widen(self, buffer: int, times: int) -> int:
+        """``buffer``, so many times as large."""
+        held = self.buffers[buffer]
+        self.buffers[buffer] = replace(held, num_bytes=times * held.num_bytes)
+        return buffer
 
     def inline(
         self,

@@ -269,6 +269,26 @@ def instruction_work(
     return replace(work, seconds=work.seconds + launched)
 
 
+def parts_seconds(
+    op: Op,
+    reads: Sequence[Value],
+    rule: Rule,
+    choice: Choice,
+    mesh: Mesh,
+    device: Device,
+    factor: str = "",
+    count: int = 1,
+) -> float:
+    """The arithmetic of a product in ``count`` parts along ``factor``, launches too."""
+    flops = op_flops(op, rule, choice, mesh)
+    size = dict(zip("bmkn", product_size(rule, choice, mesh), strict=True))
+    if factor:
+        size[factor[0]] /= count
+    dtypes = tuple(v.dtype for v in reads)
+    part = _roofline(op.kind, flops // count, (*size.values(),), 0, 0.0, dtypes, device)
+    return count * (part.seconds + kernels_of(device).launch_seconds)
+
+
 def _dtypes(program: Program, op: Op) -> tuple[str, ...]:
     return tuple(program.values[v].dtype for v in op.operands[:2])
 

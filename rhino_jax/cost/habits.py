@@ -33,6 +33,7 @@ class Habits:
             leave of the first share of the device's memory, the compiler recomputes;
             () is never.
         size: bytes of an array, given its shape and dtype.
+        sends_beside: a shard that is handed on travels while a product works.
         lane_bytes: what an element takes at least in a kernel that is no product.
     """
 
@@ -47,6 +48,7 @@ class Habits:
     recomputes: tuple[float, ...] = ()
     size: Size = flat_bytes
     lane_bytes: int = 0
+    sends_beside: bool = False
 
     def temporaries_bytes(self, device_bytes: int, fixed_bytes: int) -> int | None:
         """The most that may stand beside inputs and outputs before it recomputes.
@@ -78,6 +80,7 @@ HABITS: Mapping[str, Habits] = {
     # Nothing is dear beside memory traffic: a gelu is made again in every product.
     "tpu": Habits(
         late_products=True,
+        sends_beside=True,
         products_fuse=True,
         dear=frozenset(),
         size=tiled_bytes,

@@ -94,6 +94,9 @@ class Instruction:
     bodies: tuple[Unfolded, ...] = field(default=(), repr=False)
     trips: int = 1
     overwrites: tuple[tuple[int, int], ...] = ()
+    within: int | None = None
+    """Of a step that the product beside it does (see
+    :class:`~rhino_jax.ir.steps.Move`): the value that it moves."""
 
     @property
     def where(self) -> Where:

@@ -14,7 +14,7 @@ from rhino_jax.cost.compute import work_of
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.memory import Held, Memory, memory_of
-from rhino_jax.cost.ring import handed_by
+from rhino_jax.cost.ring import handed_by, turn_of
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
@@ -133,12 +133,15 @@ def _collectives(
     for number, at in enumerate(unfolded.instructions):
         place = at.index if op is None else op
         if at.step and at.step.wire_bytes:
+            step, turns = (
+                turn_of(at.step, mesh) if at.within is not None else (at.step, 1)
+            )
             yield PricedCollective(
-                at.step.kind,
-                at.step.axes,
-                at.step.wire_bytes,
-                count,
-                seconds[number],
+                step.kind,
+                step.axes,
+                step.wire_bytes,
+                count * turns,
+                seconds[number] / turns,
                 place,
             )
         for one in handed_by(at, mesh):

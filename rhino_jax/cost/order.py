@@ -59,6 +59,8 @@ def combined_at(
         step = instruction.step
         if step is None or step.kind not in COMBINED or not threshold_bytes:
             continue
+        if instruction.within is not None:
+            continue
         (source,), (made,) = instruction.reads, instruction.writes
         num_bytes = unfolded.buffers[made].num_bytes
         operators = tuple(dict(step.source.partial).get(axis) for axis in step.axes)

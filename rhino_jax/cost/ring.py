@@ -52,6 +52,21 @@ def handed_on(
             yield Handed(value, step, turns)
 
 
+def turn_of(step: Step, mesh: Mesh) -> tuple[Step, int]:
+    """What a product sends in one turn of a gather or scatter that it does by itself,
+    and how many turns that takes: a shard, once for every other device.
+
+    >>> from rhino_jax.ir.layout import Layout
+    >>> rows, mesh = Layout.of([("x", 2)]), Mesh.of(x=4)
+    >>> step = Step("all-gather", ("x",), rows, Layout.replicated(1), 24)
+    >>> one, turns = turn_of(step, mesh)
+    >>> one.kind, one.wire_bytes, turns
+    ('collective-permute', 8, 3)
+    """
+    turns = mesh.group_size(step.axes) - 1
+    return replace(step, kind=PERMUTE, wire_bytes=step.wire_bytes // turns), turns
+
+
 def handed_by(one: Instruction, mesh: Mesh) -> Iterator[Handed]:
     """What an instruction hands around by itself: that of an op with a ring."""
     if one.op is None or one.rule is None or one.step is not None:

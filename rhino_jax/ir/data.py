@@ -74,15 +74,18 @@ def _op(data: Any) -> OpPlan:
 
 def _move_data(move: Move) -> list[Any]:
     steps = [[s.kind, list(s.axes), str(s.target), s.wire_bytes] for s in move.steps]
-    return [move.value, str(move.source), steps, *([True] if move.again else [])]
+    again = [move.again] if move.again or move.within else []
+    within = [move.within] if move.within else []
+    return [move.value, str(move.source), steps, *again, *within]
 
 
 def _move(data: Any) -> Move:
-    value, source, steps, *again = data
+    value, source, steps, *more = data
+    again, within = more[:1] == [True], str(*more[1:])
     first = now = parse_layout(source)
     found = []
     for kind, axes, target, sent in steps:
         after = parse_layout(target)
         found.append(Step(kind, tuple(axes), now, after, sent))
         now = after
-    return Move(value, first, now, tuple(found), bool(again))
+    return Move(value, first, now, tuple(found), again, within)

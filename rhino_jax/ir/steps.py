@@ -21,6 +21,10 @@ SLICE = "slice"
 MASK = "mask"
 EMBED = "embed"
 
+PASSED, COLLECTED = "passed", "collected"
+"""How a product treats what it gathers or scatters by itself: it is never there in one
+piece, or it is put together beside."""
+
 FREE = (SLICE, MASK, EMBED)
 """Steps that send nothing: keep one's own part; be zero but on the first shard;
 put one's own part into zeros, as one term of a sum."""
@@ -42,6 +46,13 @@ class Step:
     wire_bytes: int
 
 
+def changed_dim(step: Step) -> int:
+    """The dimension that a gather or scatter over one axis makes whole, or splits."""
+    ends = zip(step.source.dims, step.target.dims, strict=True)
+    (dim,) = (number for number, (old, new) in enumerate(ends) if old != new)
+    return dim
+
+
 @dataclass(frozen=True)
 class Move:
     """A value taken from one layout to another by an explicit sequence of steps.
@@ -49,6 +60,10 @@ class Move:
     ``again``: the same move was made before and its result let go (a weight gathered
     for the forward and once more for the backward pass). Compilers merge equal
     collectives; a barrier keeps this one apart.
+
+    ``within``: its one step is no collective of its own. The product that it stands
+    beside does it while it works, shard by shard around a ring ("collective matmul");
+    the whole is :data:`PASSED`, or :data:`COLLECTED` for others that read it too.
     """
 
     value: int
@@ -56,6 +71,7 @@ class Move:
     target: Layout
     steps: tuple[Step, ...]
     again: bool = False
+    within: str = ""
 
     @property
     def wire_bytes(self) -> int:

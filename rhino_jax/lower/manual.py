@@ -17,13 +17,14 @@ from jax import lax
 
 from rhino_jax import compat
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
-from rhino_jax.ir.factors import Rule
+from rhino_jax.ir.factors import Choice, Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import WAITS, Op, Program
-from rhino_jax.ir.steps import Move
+from rhino_jax.ir.steps import COLLECTED, Move
 from rhino_jax.lower.control import CONTROL
 from rhino_jax.lower.local import run_local
+from rhino_jax.lower.local.collective_matmul import Around
 from rhino_jax.lower.local.shard import Shard
 from rhino_jax.lower.pipeline.ticks import Ring
 from rhino_jax.lower.reshard import run_move
@@ -54,10 +55,17 @@ class Frame:
         )
         return held[layout]
 
-    def move(self, move: Move, beside: Sequence[int] = ()) -> None:
+    def shard(self, op: Op, rule: Rule, choice: Choice) -> Shard:
+        reads, makes = self.program.operand_values(op), self.program.result_values(op)
+        return Shard(op, rule, choice, self.mesh, reads, makes)
+
+    def shard_of(self, move: Move, beside: Sequence[int]) -> jax.Array:
+        """What a move begins with."""
         source = self.get(move.value, move.source)
-        if move.again:
-            source = self._apart(source, move.value, beside)
+        return self._apart(source, move.value, beside) if move.again else source
+
+    def move(self, move: Move, beside: Sequence[int] = ()) -> None:
+        source = self.shard_of(move, beside)
         shape = self.program.values[move.value].shape
         self.put(move.value, move.target, run_move(source, shape, move, self.mesh))
 
@@ -139,14 +147,19 @@ def finished(frame: Frame, assignment: Assignment) -> list[jax.Array]:
 def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
     program = frame.program
     for move in plan.before:
-        frame.move(move, op.operands)
+        if not move.within:
+            frame.move(move, op.operands)
     rule: Rule | None = None if op.programs else rule_of(program, op)
     wanted, given = boundary(program, op, plan, rule)
+    outs: Arrays
+    for move in (*plan.before, *plan.after):
+        if move.within:
+            _run_product(frame, op, plan, move)
+            return
     args = tuple(
         frame.get(value, layout)
         for value, layout in zip(op.operands, wanted, strict=True)
     )
-    outs: Arrays
     if plan.staged:
         (inner,), (done,) = op.programs, plan.inner
         outs = Ring(op, plan, frame.mesh, partial(_turn, inner, done)).run(args)
@@ -158,19 +171,37 @@ def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
         outs = CONTROL[op.kind](op, bodies, args)
     else:
         args = frame.after(op.param.get(WAITS, ()), args)
-        shard = Shard(
-            op,
-            rule,
-            plan.choice,
-            frame.mesh,
-            program.operand_values(op),
-            program.result_values(op),
-        )
-        outs = run_local(shard, args)
+        outs = run_local(frame.shard(op, rule, plan.choice), args)
     for value, layout, array in zip(op.results, given, outs, strict=True):
         frame.put(value, layout, array)
     for move in plan.after:
         frame.move(move)
+
+
+def _run_product(frame: Frame, op: Op, plan: OpPlan, within: Move) -> None:
+    """A product that gathers an operand, or scatters its result, as it goes."""
+    program, (step,) = frame.program, within.steps
+    rule = rule_of(program, op)
+    wanted, given = boundary(program, op, plan, rule)
+    gathers = within in plan.before
+    operand = op.operands.index(within.value) if gathers else -1
+    args = []
+    for place, (value, layout) in enumerate(zip(op.operands, wanted, strict=True)):
+        own = frame.shard_of(within, op.operands) if place == operand else None
+        args.append(frame.get(value, layout) if own is None else own)
+    ready = frame.after(op.param.get(WAITS, ()), tuple(args))
+    around = Around(frame.shard(op, rule, plan.choice), step, operand)
+    out, whole = around.run(ready, within.within == COLLECTED)
+    (made,), (layout,) = op.results, given
+    if gathers:
+        frame.put(made, layout, out)
+        if whole is not None:
+            frame.put(within.value, within.target, whole)
+    else:
+        frame.put(made, within.target, out)
+    for move in plan.after:
+        if move is not within:
+            frame.move(move)
 
 
 def _body(

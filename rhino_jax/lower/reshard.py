@@ -174,6 +174,18 @@ def _pieces(shape: tuple[int, ...], step: Step, mesh: Mesh) -> list[list[_Piece]
     return found
 
 
+def outside(shape: tuple[int, ...], step: Step, mesh: Mesh) -> int:
+    """Of a gather or scatter along one axis: how many runs of elements of one device
+    follow one another in the dimension that is whole on one side."""
+    (axis,) = step.axes
+    for dim in _pieces(shape, step, mesh):
+        sizes = [p.size for p in dim if p.axis == axis or (p.before and p.after)]
+        for place, piece in enumerate(p for p in dim if p.before or p.after):
+            if piece.axis == axis:
+                return math.prod(sizes[:place])
+    raise AssertionError(f"{axis} moves no digit of {step}")
+
+
 def _padded(x: jax.Array, shape: tuple[int, ...], step: Step, mesh: Mesh) -> jax.Array:
     """``x`` padded with zeros where the target is more ragged than the source.
 

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from rhino_jax.cluster.topology import linked
-from rhino_jax.cost.model import predict
+from rhino_jax.cost.model import Prediction, predict
 from rhino_jax.errors import InfeasibleError, problems
+from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.rules import rule_of
@@ -32,6 +33,7 @@ from rhino_jax.search.candidates import (
     rank,
 )
 from rhino_jax.search.carry import carried, read_again
+from rhino_jax.search.collective_matmul import interleaved
 from rhino_jax.search.descend import Answer, Start, gap, search_axes, starts
 from rhino_jax.search.energy import Energy, Memo
 from rhino_jax.search.microbatch import microbatched
@@ -104,12 +106,30 @@ class _Search:
             if fitting:
                 fewer = list(self._fewer(min(fitting, key=rank)))
                 self.considered += fewer
-                best = min([*fitting, *self._fitting(fewer)], key=rank)
+                best = self._interleaved(
+                    min([*fitting, *self._fitting(fewer)], key=rank)
+                )
                 notes = (*self.notes, *self._unproven(best))
                 considered = tuple(self.considered)
                 times = self.spent[READING], self.spent[WRITING]
                 return Searched(best, considered, notes, *times)
         raise self._infeasible()
+
+    def _interleaved(self, best: Candidate) -> Candidate:
+        """``best`` with collectives done within products, if that is better."""
+        if not self.wish.collective_matmul:
+            return best
+        cluster = self.wish.cluster
+        assignment = interleaved(
+            best.subject.program, best.assignment, best.mesh, cluster
+        )
+        found = replace(
+            best,
+            assignment=assignment,
+            prediction=self._predicted(best.subject, assignment, best.mesh),
+        )
+        better = found.prediction.step_seconds < best.prediction.step_seconds
+        return found if better and self._fits(found) else best
 
     def _unproven(self, best: Candidate) -> Iterator[str]:
         """What is to be said of a plan that is not the best for certain."""
@@ -369,24 +389,24 @@ class _Search:
                 )
                 return None
             assignment, over = timed
-        prediction = predict(
-            subject.program,
-            assignment,
-            over,
-            self.wish.cluster,
-            rule_of,
-            self.wish.donated,
-            self.wish.limit_bytes,
-        )
         return Candidate(
             subject,
             mesh,
             assignment,
-            prediction,
+            self._predicted(subject, assignment, over),
             policy,
             count,
             byte_seconds,
             sought=one,
+        )
+
+    def _predicted(
+        self, subject: Subject, assignment: Assignment, mesh: Mesh
+    ) -> Prediction:
+        wish = self.wish
+        return predict(
+            *(subject.program, assignment, mesh, wish.cluster, rule_of),
+            *(wish.donated, wish.limit_bytes),
         )
 
     @contextmanager

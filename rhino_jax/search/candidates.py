@@ -28,6 +28,7 @@ class Wish:
     ``remat`` "" leave them to the search. ``more_memory`` says how a device could have
     more, where it could. ``pipeline``: the plan will be cut in stages. ``staged``: its
     scanned layers are, in one program, and divide the batch themselves.
+    ``collective_matmul``: products may gather and scatter while they work.
     """
 
     cluster: Cluster
@@ -41,6 +42,7 @@ class Wish:
     more_memory: str = ""
     pipeline: bool = False
     staged: Staged | None = None
+    collective_matmul: bool = False
 
 
 @dataclass(frozen=True)

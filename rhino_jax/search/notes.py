@@ -12,6 +12,7 @@ from rhino_jax.ir.assignment import Assignment, OpPlan, trips_of
 from rhino_jax.ir.layout import padded_size
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
+from rhino_jax.ir.steps import ALL_GATHER, REDUCE_SCATTER
 from rhino_jax.rules import rule_of
 from rhino_jax.rules.attention import RULES as ATTENTION
 from rhino_jax.rules.attention import shardable
@@ -45,6 +46,7 @@ def plan_notes(
     return (
         *_fallbacks(program, assignment, over, cluster, step_seconds),
         *_uneven(program, assignment, over, cluster, step_seconds),
+        *_within(program, assignment),
         *dict.fromkeys(_remarks(program)),
         *ignored_constraints(program, mesh),
     )
@@ -63,6 +65,21 @@ def _runs(program: Program, assignment: Assignment, turns: int = 1) -> Iterator[
         yield program, op, plan, times
         for inner, body in zip(op.programs, plan.inner, strict=True):
             yield from _runs(inner, body, times * trips_of(op, plan))
+
+
+def _within(program: Program, assignment: Assignment) -> Iterator[str]:
+    """How many products gather or scatter while they work."""
+    times = {ALL_GATHER: 0, REDUCE_SCATTER: 0}
+    for _, _, plan, turns in _runs(program, assignment):
+        for move in (*plan.before, *plan.after):
+            if move.within:
+                times[move.steps[0].kind] += turns
+    if any(times.values()):
+        yield (
+            f"collective matmul: {times[ALL_GATHER]} gathers and "
+            f"{times[REDUCE_SCATTER]} scatters a step are done by the products beside "
+            "them, while they work"
+        )
 
 
 def _fallbacks(
