@@ -63,8 +63,8 @@ def compiler_time(text: str) -> CompilerTime:
     cycles, known = 0, True
     for one, trips, sure in _run(module, module.entry, 1, True):
         known &= sure
-        if found := _CYCLES.search(one.rest):
-            cycles += trips * int(found.group(1))
+        if spent := cycles_of(one):
+            cycles += trips * spent
         elif priced := _PRICES.search(one.rest):
             seconds = trips * _microseconds(priced.group(1)) * 1e-6
             if one.opcode.removesuffix("-start") in KINDS:
@@ -72,6 +72,12 @@ def compiler_time(text: str) -> CompilerTime:
             else:
                 kernels += seconds
     return CompilerTime(kernels, collectives, cycles, known)
+
+
+def cycles_of(one: Instruction) -> int:
+    """What the TPU compiler thinks an instruction takes; 0 where it says nothing."""
+    found = _CYCLES.search(one.rest)
+    return int(found.group(1)) if found else 0
 
 
 def _microseconds(prices: str) -> float:
