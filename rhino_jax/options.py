@@ -49,9 +49,9 @@ class Options:
         remat: "none" or "boundary" (layers keep what enters them and are computed
             again in the backward pass); None leaves it to the search ("none" with a
             recipe).
-        collective_matmul: products may gather what they read, and scatter what they
-            make, while they work: shards go around a ring. None is where the compiler
-            is known to send them beside the product (TPUs), in searched plans.
+        collective_matmul: in searched plans, products may gather what they read, and
+            scatter what they make, while they work: shards go around a ring. Only
+            where the compiler sends them beside a product (TPUs).
         cache_dir: where plans are kept; None is the user's cache, "" keeps none.
         pins: tree path (or ``rhino.name``) to PartitionSpec: layouts to keep.
         lowering: "manual" (the plan is the program) or "auto" (a replay under
@@ -75,7 +75,7 @@ class Options:
     pipeline_stages: int | Literal["auto"] | None = None
     schedule: str = "1f1b"
     remat: str | None = None
-    collective_matmul: bool | None = None
+    collective_matmul: bool = True
     cache_dir: str | None = None
     pins: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     lowering: str = "manual"

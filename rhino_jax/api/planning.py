@@ -52,7 +52,6 @@ from rhino_jax.plan import Plan, Predicted, make_plan
 from rhino_jax.search.auto import plan_search
 from rhino_jax.search.candidates import Candidate, Wish
 from rhino_jax.search.choose import default_meshes, plan_recipe, plan_staged
-from rhino_jax.search.collective_matmul import interleaved
 from rhino_jax.search.meshes import candidate_meshes
 from rhino_jax.search.microbatch import microbatched, rows_together
 from rhino_jax.search.notes import plan_notes
@@ -254,8 +253,7 @@ def _meshes(cluster: Cluster, level: int, cut: Staged | None) -> tuple[Mesh, ...
 
 def _takes_in(options: Options, cluster: Cluster) -> bool:
     """Whether products may do collectives while they work."""
-    asked = options.collective_matmul
-    return HABITS[cluster.device.platform].sends_beside if asked is None else asked
+    return options.collective_matmul and HABITS[cluster.device.platform].sends_beside
 
 
 def _limit(options: Options, cluster: Cluster) -> int:
@@ -318,9 +316,6 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
                 problems(f"{batches} microbatches can not be:", timed.reasons)
             )
         assignment = timed[0]
-    if options.collective_matmul and options.stages is None:
-        cluster = cluster_of(options)
-        assignment = interleaved(traced.program, assignment, mesh, cluster)
     if options.stages is not None:
         cluster = cluster_of(options)
         limit = _limit(options, cluster)
