@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rhino_jax.cost.habits import PLAIN, Habits
+from rhino_jax.cost.halo import extended_bytes
 from rhino_jax.cost.instructions import (
     ACCUMULATE,
     BARRIER,
@@ -39,6 +40,7 @@ from rhino_jax.cost.simplify import simplified
 from rhino_jax.cost.ticks import pipelined, with_totals
 from rhino_jax.cost.tiles import stored_bytes, window_shapes
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
+from rhino_jax.ir.factors import Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
 from rhino_jax.ir.program import WAITS, Op, Program, accumulator_dtype, itemsize
@@ -341,8 +343,16 @@ class Unfolding:
                 bodies,
                 trips,
                 overwrites(op, reads, writes),
+                self.extended_bytes(program, op, plan, rule),
             )
         )
+
+    def extended_bytes(
+        self, program: Program, op: Op, plan: OpPlan, rule: Rule | None
+    ) -> int:
+        if rule is None or not plan.choice.splits:
+            return 0
+        return extended_bytes(rule, plan.choice, program.operand_values(op), self.mesh)
 
     def inline(
         self,

@@ -27,7 +27,8 @@ class Wish:
     ``meshes`` to choose from; ``limit_bytes`` of one device. ``microbatches`` 0 and
     ``remat`` "" leave them to the search. ``more_memory`` says how a device could have
     more, where it could. ``pipeline``: the plan will be cut in stages. ``staged``: its
-    scanned layers are, in one program, and divide the batch themselves.
+    scanned layers are, in one program, and divide the batch themselves. ``halos``: as
+    of a :class:`~rhino_jax.search.planner.Request`.
     """
 
     cluster: Cluster
@@ -41,6 +42,7 @@ class Wish:
     more_memory: str = ""
     pipeline: bool = False
     staged: Staged | None = None
+    halos: bool | None = None
 
 
 @dataclass(frozen=True)
