@@ -32,7 +32,8 @@ A rule is read like an einsum: a letter is one loop, `(ab)` a dimension that is 
 product. A letter with nothing said of it is *parallel*. *reduction=sum*: a split leaves
 terms of a sum. *indexed*: a shard answers for the positions that it holds.
 *positional*: a shard needs to know where it lies. *ring*: shards of some operands go
-around all devices. *blocked*: must be whole. What no family knows is planned by
+around all devices. *window*: a block reads a few elements of its neighbours', who send
+them. *blocked*: must be whole. What no family knows is planned by
 fallback: Shardy's rules of its parts, tried loop by loop
 (`rhino_jax/trace/fallback.py`), or it is whole, and the plan says so. Where our rules
 and Shardy's differ, `tests/rules/test_against_shardy.py` lists both with the reason.

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rhino_jax.cost.ring import handed_on, turn_of
+from rhino_jax.cost.handed import handed_on, turn_of
 from rhino_jax.errors import PlanFileError, problems
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, trips_of
 from rhino_jax.ir.data import assignment_data, assignment_of

@@ -54,8 +54,8 @@ READS_ENVIRONMENT = {
     *("verify/child.py", "verify/compile_only.py"),
 }
 NO_FAMILY = {
-    "rules": {"__init__", "notation", "registry", "stated"},
-    "lower/local": {"__init__", "shard", "registry"},
+    "rules": {"__init__", "notation", "registry", "stated", "window"},
+    "lower/local": {"__init__", "halo", "shard", "registry"},
 }
 
 

@@ -42,6 +42,8 @@ SIZES = {
     "tiny": Config(16, 8, levels=2, classes=4, batch=16),
     "medium": Config(128, 32, levels=3, classes=8, batch=16),
     "large": Config(512, 64, levels=4, classes=2, batch=64),
+    "one image": Config(2048, 64, levels=4, classes=2, batch=1),
+    "one small image": Config(32, 8, levels=1, classes=4, batch=1),
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from rhino_jax.cost.habits import PLAIN, Habits
+from rhino_jax.cost.halo import extended_bytes
 from rhino_jax.cost.instructions import (
     ACCUMULATE,
     BARRIER,
@@ -337,6 +338,7 @@ class Unfolding:
             for number, inner_plan in enumerate(plan.inner)
         )
         trips = op.param["length"] if op.kind == "scan" else 1
+        given = program.operand_values(op)
         self.emit(
             Instruction(
                 op.kind,
@@ -352,6 +354,7 @@ class Unfolding:
                 bodies,
                 trips,
                 overwrites(op, reads, writes),
+                extended_bytes(rule, plan.choice, given, self.mesh) if rule else 0,
             )
         )
 

@@ -35,6 +35,7 @@ from rhino_jax.cost.attention import attention_flops, attention_size
 from rhino_jax.cost.buffers import Instruction, Unfolded
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
+from rhino_jax.cost.halo import extended_bytes
 from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.cost.traffic import traffic, whole_bytes
 from rhino_jax.ir.factors import Choice, Rule, layouts
@@ -188,7 +189,8 @@ def kernel_work(
     dtypes = tuple(v.dtype for v in reads[:2])
     size = _size(op.kind, flops, rule, choice, mesh)
     moved = memory_seconds(num_bytes, device, _reading(op, reads))
-    return _roofline(op.kind, flops, size, num_bytes, moved, dtypes, device)
+    work = _roofline(op.kind, flops, size, num_bytes, moved, dtypes, device)
+    return work.plus(_copied(extended_bytes(rule, choice, reads, mesh), device))
 
 
 def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Work:
@@ -266,7 +268,13 @@ def instruction_work(
     moved = memory_seconds(num_bytes, device, kind) + guest_seconds
     work = _roofline(at.kind, flops, size, num_bytes, moved, dtypes, device)
     launched = kernels_of(device).launch_seconds if num_bytes else 0.0
-    return replace(work, seconds=work.seconds + launched)
+    work = replace(work, seconds=work.seconds + launched)
+    return work.plus(_copied(at.extended_bytes, device))
+
+
+def _copied(num_bytes: int, device: Device) -> Work:
+    """What it takes to lay blocks beside their halos: read, and written."""
+    return Work(0.0, 2 * num_bytes, memory_seconds(2 * num_bytes, device))
 
 
 def parts_seconds(

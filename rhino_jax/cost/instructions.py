@@ -78,7 +78,8 @@ class Instruction:
 
     ``reads`` and ``writes`` are numbers of buffers. ``bodies`` run ``trips`` times;
     of several (branches) one. ``overwrites`` are pairs (read, written) that may be one
-    memory if what is read is not needed afterwards.
+    memory if what is read is not needed afterwards. ``extended_bytes`` are those of
+    operands that are copied first, to lie beside their halos.
     """
 
     kind: str
@@ -94,6 +95,7 @@ class Instruction:
     bodies: tuple[Unfolded, ...] = field(default=(), repr=False)
     trips: int = 1
     overwrites: tuple[tuple[int, int], ...] = ()
+    extended_bytes: int = 0
     within: int | None = None
     """Of a step that the product beside it does (see
     :class:`~rhino_jax.ir.steps.Move`): the value that it moves."""

@@ -121,8 +121,9 @@ class Held:
         }
         self.inside = {i: body.peak_bytes for i, body in self.within.items()}
         for i, instruction in enumerate(unfolded.instructions):
-            if instruction.kind in WORKSPACE and habits.workspace_bytes:
-                self.inside[i] = habits.workspace_bytes
+            workspace = habits.workspace_bytes if instruction.kind in WORKSPACE else 0
+            if workspace or instruction.extended_bytes:
+                self.inside[i] = workspace + instruction.extended_bytes
         end = len(unfolded.instructions)
         change = [0] * (end + 2)
         for buffer, birth in self.born.items():

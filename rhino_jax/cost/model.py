@@ -13,8 +13,8 @@ from rhino_jax.cost.compiled import Compiled, compiled
 from rhino_jax.cost.compute import work_of
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
+from rhino_jax.cost.handed import handed_by, turn_of
 from rhino_jax.cost.memory import Held, Memory, memory_of
-from rhino_jax.cost.ring import handed_by, turn_of
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program

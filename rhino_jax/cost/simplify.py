@@ -93,7 +93,14 @@ def _with_places(unfolded: Unfolded) -> Unfolded:
         buffers.append(Buffer(buffers[source].value, size, f"places of {value}"))
         buffers.append(replace(buffers[made], name=f"zeros of {value}"))
         pinned += [pooled, zeros]
-        find = replace(one, kind=PLACES, reads=(pooled,), writes=(places,), rule=None)
+        find = replace(
+            one,
+            kind=PLACES,
+            reads=(pooled,),
+            writes=(places,),
+            rule=None,
+            extended_bytes=0,
+        )
         scatter = replace(
             one, reads=(source, places, zeros), overwrites=((zeros, made),)
         )

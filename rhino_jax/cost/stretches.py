@@ -21,8 +21,8 @@ from rhino_jax.cost.combining import collective_seconds
 from rhino_jax.cost.compute import kernel_works
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
+from rhino_jax.cost.handed import handed_by
 from rhino_jax.cost.memory import Held
-from rhino_jax.cost.ring import handed_by
 from rhino_jax.ir.analysis.segments import Segment
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh

@@ -13,13 +13,18 @@ to do so is a :class:`Flow`.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from rhino_jax.errors import RuleError
-from rhino_jax.ir.layout import Layout, Split, padded_size, sorted_dim
+from rhino_jax.ir.layout import (
+    Layout,
+    Split,
+    contiguous,
+    local_size,
+    padded_size,
+    sorted_dim,
+)
 from rhino_jax.ir.mesh import TIME, Mesh
 
 PARALLEL = "parallel"
@@ -29,6 +34,8 @@ WINDOW = "window"
 INDEXED = "indexed"
 POSITIONAL = "positional"
 RING = "ring"
+HANDING = (RING, WINDOW)
+"""Kinds whose op sends shards, or edges of shards, while it works."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,16 @@ KINDS: Mapping[str, Kind] = {
 
 
 @dataclass(frozen=True)
+class Halo:
+    """What a block of a window's factor reads of ``operand`` beside its own elements:
+    so many ``before`` them and ``behind`` them, held by its neighbours."""
+
+    operand: int
+    before: int
+    behind: int
+
+
+@dataclass(frozen=True)
 class Factor:
     """One named loop of an op.
 
@@ -65,6 +82,7 @@ class Factor:
 
     Of a ring, ``handed`` are operands whose shards every device gets to see, one after
     the other, and ``returned`` results whose terms travel with them and come home.
+    Of a window, ``halos`` are what its blocks read of their neighbours'.
     """
 
     name: str
@@ -75,6 +93,7 @@ class Factor:
     even: bool = False
     handed: tuple[int, ...] = ()
     returned: tuple[int, ...] = ()
+    halos: tuple[Halo, ...] = ()
 
     @property
     def traits(self) -> Kind:
@@ -122,6 +141,11 @@ class Rule:
         """How far apart in ``dim`` two neighbours along factor ``name`` are."""
         inner = dim[list(dim).index(name) + 1 :]
         return math.prod(self._index[n].size for n in inner)
+
+    def place(self, name: str, operand: int) -> tuple[int, tuple[str, ...]]:
+        """The dimension of an operand that factor ``name`` is in, and its factors."""
+        dims = self.operands[operand]
+        return next((d, dim) for d, dim in enumerate(dims) if name in dim)
 
     def may_be_ragged(self, name: str) -> bool:
         """Whether the last shards of a factor may be padded: its kind must allow it,
@@ -336,8 +360,10 @@ def choice_problems(rule: Rule, choice: Choice, mesh: Mesh) -> list[str]:
             found.append(f"factor {name!r} is {factor.kind}: {traits.why}")
         layout = Layout((digits,))
         found += layout.problems((factor.size,), mesh)
-        if factor.kind == RING and any(split.axis == TIME for split in digits):
-            found.append(f"factor {name!r} is a ring: turns hand nothing around")
+        if factor.kind in HANDING and any(split.axis == TIME for split in digits):
+            found.append(
+                f"factor {name!r} is a {factor.kind}: turns hand nothing around"
+            )
         ragged = padded_size(factor.size, digits, mesh) != factor.size
         if ragged and not rule.may_be_ragged(name):
             found.append(
@@ -345,13 +371,30 @@ def choice_problems(rule: Rule, choice: Choice, mesh: Mesh) -> list[str]:
                 f"{factor.kind} factor (or inner part of a dimension) it can not be"
             )
         if not traits.strided and digits and not ragged:
-            whole = digits[0].stride * mesh.size(digits[0].axis) == factor.size
-            if not whole:
+            if contiguous(factor.size, (s.axis for s in digits), mesh) != digits:
                 found.append(f"factor {name!r} is {factor.kind} and can not be strided")
+        found += _halo_problems(rule, factor, digits, mesh)
     for axis, number in choice.flows:
         if not 0 <= number < len(rule.flows):
             found.append(f"no flow {number} over {axis!r} in {rule.text}")
     return found
+
+
+def _halo_problems(
+    rule: Rule, factor: Factor, digits: Sequence[Split], mesh: Mesh
+) -> Iterator[str]:
+    """Halos that are wider than the block of one neighbour."""
+    if not factor.halos or not digits:
+        return
+    count = local_size(factor.size, tuple(digits), mesh)
+    for halo in factor.halos:
+        _, dim = rule.place(factor.name, halo.operand)
+        held, needed = count * rule.weight(dim, factor.name), (halo.before, halo.behind)
+        if max(needed) > held:
+            yield (
+                f"factor {factor.name!r} in blocks of {held} of operand {halo.operand} "
+                f"needs {max(needed)} of a neighbour's"
+            )
 
 
 def follow(
@@ -378,100 +421,3 @@ def _letters(names: Iterable[str]) -> dict[str, str]:
     if all(len(n) == 1 for n in names):
         return {n: n for n in names}
     return {n: next(pool, n) for n in names}
-
-
-_TOKEN = re.compile(r"\(([a-zA-Z]*)\)|([a-zA-Z])|(\s+)|(.)")
-
-
-def parse_rule(
-    text: str,
-    operands: Sequence[tuple[int, ...]],
-    results: Sequence[tuple[int, ...]],
-    kinds: Mapping[str, str] | None = None,
-    operators: Mapping[str, str] | None = None,
-    flows: Sequence[Flow] = (),
-    sizes: Mapping[str, int] | None = None,
-) -> Rule:
-    """A rule from the einsum-like notation and the shapes of an op.
-
-    A factor in no result is a sum reduction unless ``kinds``/``operators`` say
-    otherwise. ``sizes`` are those that do not follow from the shapes. Raises
-    :class:`RuleError` with a caret under the fault.
-
-    >>> parse_rule("bij,bjk->bik", [(2, 3, 4), (2, 4, 5)], [(2, 3, 5)]).text
-    'bij,bjk->bik {j:reduction=sum}'
-    """
-    if text.count("->") != 1:
-        raise RuleError(f"a rule needs one '->':\n  {text}")
-    left, right = text.split("->")
-    sides = []
-    for side, start, shapes in (
-        (left, 0, operands),
-        (right, len(left) + 2, results),
-    ):
-        values = side.split(",") if side or len(shapes) else []
-        if len(values) != len(shapes):
-            raise RuleError(
-                f"{len(values)} terms for {len(shapes)} shapes:\n  {text}\n  "
-                + " " * start
-                + "^"
-            )
-        parsed = []
-        for value in values:
-            parsed.append(_parse_dims(value, text, start))
-            start += len(value) + 1
-        sides.append(tuple(parsed))
-    known = _sizes(sides[0] + sides[1], (*operands, *results), text, sizes or {})
-    in_results = {n for dims in sides[1] for dim in dims for n in dim}
-    factors = []
-    for name, size in known.items():
-        kind = (kinds or {}).get(name, PARALLEL if name in in_results else REDUCTION)
-        default = "sum" if kind in (REDUCTION, INDEXED) else ""
-        if name in in_results:
-            default = ""
-        operator = (operators or {}).get(name, default)
-        factors.append(Factor(name, size, kind, operator))
-    rule = Rule(tuple(factors), sides[0], sides[1], tuple(flows))
-    found = rule.problems(operands, results)
-    if found:
-        raise RuleError("the rule does not fit the shapes:\n  " + "\n  ".join(found))
-    return rule
-
-
-def _parse_dims(value: str, text: str, start: int) -> Dims:
-    dims: list[tuple[str, ...]] = []
-    for match in _TOKEN.finditer(value):
-        group, letter, _, bad = match.groups()
-        if bad:
-            caret = " " * (start + match.start()) + "^"
-            raise RuleError(f"unexpected {bad!r} in a rule:\n  {text}\n  {caret}")
-        if group is not None:
-            dims.append(tuple(group))
-        elif letter:
-            dims.append((letter,))
-    return tuple(dims)
-
-
-def _sizes(
-    values: Sequence[Dims],
-    shapes: Sequence[tuple[int, ...]],
-    text: str,
-    given: Mapping[str, int],
-) -> dict[str, int]:
-    order = list(dict.fromkeys(n for dims in values for dim in dims for n in dim))
-    known: dict[str, int] = {**given}
-    for _ in range(len(order) + 1):
-        for dims, shape in zip(values, shapes, strict=True):
-            if len(dims) != len(shape):
-                raise RuleError(
-                    f"{len(dims)} dimensions in a term for shape {shape}:\n  {text}"
-                )
-            for dim, n in zip(dims, shape, strict=True):
-                unknown = [name for name in dim if name not in known]
-                if len(unknown) == 1:
-                    rest = math.prod(known[name] for name in dim if name in known)
-                    known[unknown[0]] = n // max(rest, 1)
-    missing = [name for name in order if name not in known]
-    if missing:
-        raise RuleError(f"no size follows for factors {missing}:\n  {text}")
-    return {name: known[name] for name in order}

@@ -10,6 +10,7 @@ reshaped back.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -33,6 +34,9 @@ from rhino_jax.ir.steps import (
     Step,
 )
 
+Pairs = Sequence[tuple[int, int]]
+"""(from, to): numbers of devices."""
+
 LANES, TILE = 128, 8 * 128
 """Elements in a row, and in a tile, of a TPU's vector memory."""
 
@@ -53,6 +57,18 @@ def index_along(axis: str, mesh: Mesh) -> jax.Array:
         return lax.axis_index(axis)
     assert isinstance(mesh, Here) and mesh.turn is not None, "time stands still here"
     return mesh.turn
+
+
+def hand_on(x: jax.Array, axes: tuple[str, ...], pairs: Pairs, mesh: Mesh) -> jax.Array:
+    """``x`` of device ``a`` on device ``b`` for every pair, zeros where none comes.
+
+    Devices are numbered along ``axes``, the first outermost, as by ``lax.axis_index``;
+    ``lax.ppermute`` numbers them in the order of the mesh, whatever it is given.
+    """
+    ordered = mesh.in_order(axes)
+    numbers = np.arange(mesh.group_size(axes)).reshape([mesh.size(a) for a in ordered])
+    place = numbers.transpose([ordered.index(a) for a in axes]).reshape(-1).tolist()
+    return lax.ppermute(x, ordered, [(place[a], place[b]) for a, b in pairs])
 
 
 def run_move(x: jax.Array, shape: tuple[int, ...], move: Move, mesh: Mesh) -> jax.Array:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rhino_jax.errors import RuleError
-from rhino_jax.ir.factors import KINDS, Rule, parse_rule
+from rhino_jax.ir.factors import KINDS, Rule
+from rhino_jax.ir.notation import parse_rule
 from rhino_jax.ir.program import Op, Plain, Value
 
 PARAM = "stated_rule"

@@ -28,7 +28,8 @@ class Wish:
     ``remat`` "" leave them to the search. ``more_memory`` says how a device could have
     more, where it could. ``pipeline``: the plan will be cut in stages. ``staged``: its
     scanned layers are, in one program, and divide the batch themselves.
-    ``collective_matmul``: products may gather and scatter while they work.
+    ``collective_matmul``: products may gather and scatter while they work. ``halos``:
+    as of a :class:`~rhino_jax.search.planner.Request`.
     """
 
     cluster: Cluster
@@ -43,6 +44,7 @@ class Wish:
     pipeline: bool = False
     staged: Staged | None = None
     collective_matmul: bool = False
+    halos: bool | None = None
 
 
 @dataclass(frozen=True)

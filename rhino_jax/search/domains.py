@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rhino_jax.ir.factors import Choice, Rule, choice_problems, layouts
+from rhino_jax.ir.factors import WINDOW, Choice, Rule, choice_problems, layouts
 from rhino_jax.ir.layout import Layout, Split, contiguous, local_size, sorted_dim
 from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
 from rhino_jax.ir.staged import Lift
@@ -76,7 +76,8 @@ class Domain:
 
 @dataclass
 class Kind:
-    """All variables of one make on one mesh. ``pads``: shards may be padded."""
+    """All variables of one make on one mesh. ``pads``: shards may be padded.
+    ``halos``: windows may be cut in blocks."""
 
     mesh: Mesh
     parts: Parts
@@ -88,6 +89,7 @@ class Kind:
     wanted: tuple[tuple[str, ...], ...] | None = None
     settled: bool = False
     pads: bool = False
+    halos: bool = False
     limits: Limits = NO_LIMITS
     _known: dict[Slots, Meaning | None] = field(default_factory=dict)
     _domains: dict[Hashable, Domain] = field(default_factory=dict)
@@ -149,8 +151,9 @@ class Kind:
                         yield SPLIT, d, part
             return
         for factor in self.rule.factors:
-            if factor.traits.split:
-                for part in self.parts[factor.name]:
+            if factor.traits.split and (self.halos or factor.kind != WINDOW):
+                whole = ((1, factor.size),)
+                for part in self.parts[factor.name] if factor.traits.strided else whole:
                     if self._may_divide(factor.name, part, size):
                         yield SPLIT, factor.name, part
 
@@ -260,18 +263,19 @@ def kinds_of(
     mesh: Mesh,
     made: dict[Hashable, Kind],
     even: bool = False,
+    halos: bool = False,
 ) -> list[Kind]:
     """For each variable its Kind; ``made`` are those there are, and gets the new.
 
-    ``even``: nothing is padded.
+    ``even``: nothing is padded. ``halos``: windows may be cut in blocks.
     """
     found = []
     for var, parts in zip(graph.vars, all_of, strict=True):
-        key = even, _key(var, parts)
+        key = even, halos, _key(var, parts)
         if key not in made:
             pads = not even and _pads(var, parts, mesh)
             # The same, where there is nothing to pad.
-            same = "pads", pads, key[1]
+            same = "pads", pads, *key[1:]
             made[key] = made[same] = made.get(same) or Kind(
                 mesh,
                 parts,
@@ -283,6 +287,7 @@ def kinds_of(
                 var.wanted,
                 var.settled,
                 pads,
+                halos,
                 var.limits,
             )
         found.append(made[key])

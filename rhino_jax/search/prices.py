@@ -14,8 +14,8 @@ from typing import Protocol
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import kernel_work, memory_seconds
+from rhino_jax.cost.handed import handed_on
 from rhino_jax.cost.reshard import local_bytes
-from rhino_jax.cost.ring import handed_on
 from rhino_jax.ir.factors import Choice, Rule, layouts
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Value

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rhino_jax.cost.attention import attention_flops
-from rhino_jax.cost.ring import handed_on
+from rhino_jax.cost.handed import handed_on
 from rhino_jax.ir.factors import Choice, choice_problems
 from rhino_jax.ir.layout import Split
 from rhino_jax.ir.mesh import TIME, Axis, Mesh

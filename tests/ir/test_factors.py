@@ -22,10 +22,10 @@ from rhino_jax.ir.factors import (
     follow,
     layouts,
     parse_choice,
-    parse_rule,
 )
 from rhino_jax.ir.layout import Split
 from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.notation import parse_rule
 from tests.layouts import coordinates, held
 
 MESH = Mesh.of(x=2, y=3)

@@ -1,8 +1,9 @@
 """Our rules against Shardy's: the same loops, or a difference that is listed.
 
 Two rules are compared by what may be split alone: letters are loops of one size that
-a shard can run by itself, a dot is what must be whole (for Shardy also what may be
-split only with help of the neighbours), sizes stand where a dimension is a product.
+a shard can run by itself, a dot is what must be whole or may be split only with help
+of the neighbours (a window; Shardy's "permutation"), sizes stand where a dimension is
+a product.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
 from jax.extend.random import threefry2x32_p
 
-from rhino_jax.ir.factors import BLOCKED, Rule
+from rhino_jax.ir.factors import BLOCKED, WINDOW, Rule
 from rhino_jax.rules import RULES, rule_of
 from rhino_jax.trace.shardy import ask, shardy_rule
 from tests.lower.local.harness import one_op
@@ -78,7 +79,7 @@ def scatter(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 
 X = f32(8, 6)
-WINDOW = ((1, 2, 1), (1, 2, 1), ((0, 0),) * 3)
+PAIRS = ((1, 2, 1), (1, 2, 1), ((0, 0),) * 3)
 UNARY = """
 abs bessel_i0e cbrt ceil cos exp exp2 expm1 floor is_finite log log1p logistic neg
 reduce_precision round rsqrt sign sin sqrt tan tanh
@@ -181,20 +182,18 @@ CASES: dict[str, tuple[Any, ...]] = {
     "pool all": (pool(lax.add, 0.0, 8, 1), f32(4, 8, 5)),
     "select_and_gather_add": (
         lambda t, x: _select_and_gather_add(
-            t, x, lax.ge_p, *WINDOW, (1, 1, 1), (1, 1, 1)
+            t, x, lax.ge_p, *PAIRS, (1, 1, 1), (1, 1, 1)
         ),
         f32(4, 8, 5),
         f32(4, 8, 5),
     ),
     "select_and_scatter_add": (
-        lambda s, x: _select_and_scatter_add(s, x, lax.ge_p, *WINDOW),
+        lambda s, x: _select_and_scatter_add(s, x, lax.ge_p, *PAIRS),
         f32(4, 4, 5),
         f32(4, 8, 5),
     ),
     "select_and_scatter": (
-        lambda x, s: _select_and_scatter(
-            x, lax.ge, *WINDOW, s, jnp.float32(0), lax.add
-        ),
+        lambda x, s: _select_and_scatter(x, lax.ge, *PAIRS, s, jnp.float32(0), lax.add),
         f32(4, 8, 5),
         f32(4, 4, 5),
     ),
@@ -332,7 +331,7 @@ def normal(rule: Rule) -> str:
         for factor in map(rule.factor, dim):
             if factor.size == 1:
                 continue
-            if factor.kind != BLOCKED:
+            if factor.kind not in (BLOCKED, WINDOW):
                 letter = letters.setdefault(factor.name, LETTERS[len(letters)])
                 parts.append((letter, factor.size))
             elif parts and parts[-1][0] == ".":
@@ -352,7 +351,7 @@ def normal(rule: Rule) -> str:
 
 
 FINER = "ours is finer"
-HALO = "Shardy's shards need their neighbours' elements: no loop of one shard"
+HALO = "Shardy calls them sums and says nothing of the neighbours' elements they need"
 
 # case -> (ours, Shardy's, why ours is right all the same)
 LISTED: dict[str, tuple[str, str, str]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rhino_jax.ir.factors import Flow, Rule
+from rhino_jax.ir.factors import WINDOW, Flow, Halo, Rule
 from rhino_jax.ir.program import Op, Program, Value
 from rhino_jax.rules import rule_of
 
@@ -56,7 +56,30 @@ FOR_WEIGHT = ((2, 0, 1), (2, 0, 1), (1, 2, 0))
 CONVOLUTIONS = {
     "overlapping windows": (
         conv((4, 6, 8), (3, 8, 5), (4, 6, 5), pad=((1, 1),)),
-        "adb,ebc->afc {b:reduction=sum, d:blocked, e:blocked, f:blocked}",
+        "adb,ebc->adc {b:reduction=sum, d:window, e:blocked}",
+    ),
+    "by stride 2": (
+        conv((4, 6, 8), (3, 8, 5), (4, 3, 5), pad=((0, 1),), strides=(2,)),
+        "a(de)b,fbc->adc {b:reduction=sum, d:window, e:blocked, f:blocked}",
+    ),
+    "gradient of stride 2": (
+        conv((4, 3, 5), (3, 5, 8), (4, 6, 8), pad=((2, 1),), lhs_dilation=(2,)),
+        "adb,fbc->a(de)c {b:reduction=sum, d:window, e:blocked, f:blocked}",
+    ),
+    "gradient for the weight of overlapping windows": (
+        conv((4, 6, 8), (4, 6, 5), (3, 8, 5), pad=((1, 1),), specs=FOR_WEIGHT),
+        "bda,bdc->eac {b:reduction=sum, d:window=sum, e:blocked}",
+    ),
+    "gradient for the weight of stride 2": (
+        conv(
+            (4, 6, 8),
+            (4, 3, 5),
+            (3, 8, 5),
+            pad=((0, 1),),
+            rhs_dilation=(2,),
+            specs=FOR_WEIGHT,
+        ),
+        "b(de)a,bdc->fac {b:reduction=sum, d:window=sum, e:blocked, f:blocked}",
     ),
     "channels first": (
         conv(
@@ -187,7 +210,7 @@ POOLS = {
     ),
     "overlap": (
         pool("reduce_window_max", [LARGE], [SMALL], (1, 3), (1, 2), ((0, 0), (0, 1))),
-        "ab->ac {b:blocked, c:blocked}",
+        "a(bc)->ab {b:window, c:blocked}",
         (Flow("max", (0,)),),
     ),
     "base dilated": (
@@ -240,7 +263,7 @@ POOLS = {
             (1, 2),
             ((0, 0), (0, 1)),
         ),
-        "ac,ab->ab {b:blocked, c:blocked}",
+        "ab,a(bc)->a(bc) {b:window, c:blocked}",
         (Flow("sum", (0,)),),
     ),
     "scatter by any function": (
@@ -256,3 +279,27 @@ def test_pool(name):
     found, text, flows = POOLS[name]
     assert found.text == text
     assert found.flows == flows
+
+
+HALOS = {
+    "overlapping windows": (Halo(0, 1, 1),),
+    "by stride 2": (Halo(0, 0, 1),),
+    "gradient of stride 2": (Halo(0, 1, 0),),
+    "gradient for the weight of overlapping windows": (Halo(0, 1, 1),),
+    "gradient for the weight of stride 2": (Halo(0, 0, 1),),
+    "overlap": (Halo(0, 0, 1),),
+    "cotangent of overlap": (Halo(0, 1, 0), Halo(1, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", HALOS)
+def test_what_a_block_reads_of_its_neighbours(name):
+    found = {**CONVOLUTIONS, **POOLS}[name][0]
+    (factor,) = (f for f in found.factors if f.kind == WINDOW)
+    assert factor.halos == HALOS[name]
+
+
+def test_only_what_overlaps_has_a_halo():
+    split = {**CONVOLUTIONS, **POOLS}
+    others = [split[name][0] for name in split if name not in HALOS]
+    assert not any(f.halos or f.kind == WINDOW for rule in others for f in rule.factors)

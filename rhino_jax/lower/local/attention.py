@@ -21,10 +21,11 @@ from jax import lax
 from rhino_jax import compat
 from rhino_jax.errors import TraceError
 from rhino_jax.ir.layout import Split
+from rhino_jax.ir.mesh import Mesh
 from rhino_jax.lower.kernels import attention as blockwise
 from rhino_jax.lower.kernels.attention import Hiding, Scores, accumulating
 from rhino_jax.lower.local.shard import LocalFn, Shard, as_it_stands, global_index
-from rhino_jax.lower.reshard import index_along
+from rhino_jax.lower.reshard import hand_on, index_along
 from rhino_jax.rules.attention import (
     BACKWARD,
     BIAS,
@@ -51,6 +52,7 @@ Arrays = tuple[jax.Array, ...]
 class _Ring:
     """The devices that hand a shard's keys and values around, and who is who."""
 
+    mesh: Mesh
     axes: tuple[str, ...]
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
@@ -64,6 +66,7 @@ class _Ring:
         here = global_index(shard.rule.factor(SEQUENCE).size, alone, shard.mesh)
         offset = sum(index_along(d.axis, shard.mesh) * d.stride for d in digits)
         return _Ring(
+            shard.mesh,
             tuple(d.axis for d in digits),
             tuple(shard.mesh.size(d.axis) for d in digits),
             tuple(d.stride for d in digits),
@@ -91,7 +94,7 @@ class _Ring:
 
     def hand_on(self, *arrays: jax.Array) -> Arrays:
         pairs = [(i, (i + 1) % self.count) for i in range(self.count)]
-        return tuple(lax.ppermute(x, self.axes, pairs) for x in arrays)
+        return tuple(hand_on(x, self.axes, pairs, self.mesh) for x in arrays)
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,10 @@ def only(name: str, kind: str) -> tuple[Program, Op]:
 RINGS = (
     Choice.of({"s": [Split("x", 8), Split("y", 4)]}),
     Choice.of({"s": [Split("x", 2)], "h": [Split("y", 1)]}),
+    Choice.of({"s": [Split("y", 4), Split("x", 2)]}),
 )
-"""Blocks over both axes; strides of two, so that every device has four runs of rows."""
+"""Blocks over both axes; strides of two, so that every device has four runs of rows;
+blocks over the axes in another order than that of the mesh."""
 
 
 @pytest.mark.parametrize("name", CASES)
