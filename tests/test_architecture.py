@@ -55,7 +55,7 @@ READS_ENVIRONMENT = {
 }
 NO_FAMILY = {
     "rules": {"__init__", "notation", "registry", "stated", "window"},
-    "lower/local": {"__init__", "halo", "shard", "registry"},
+    "lower/local": {"__init__", "collective_matmul", "halo", "shard", "registry"},
 }
 
 
