@@ -338,7 +338,7 @@ class Unfolding:
             for number, inner_plan in enumerate(plan.inner)
         )
         trips = op.param["length"] if op.kind == "scan" else 1
-        held = program.operand_values(op)
+        values = program.operand_values(op)
         self.emit(
             Instruction(
                 op.kind,
@@ -354,7 +354,7 @@ class Unfolding:
                 bodies,
                 trips,
                 overwrites(op, reads, writes),
-                extended_bytes(rule, plan.choice, held, self.mesh) if rule else 0,
+                extended_bytes(rule, plan.choice, values, self.mesh) if rule else 0,
             )
         )
 

