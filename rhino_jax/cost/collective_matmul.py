@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from rhino_jax.cluster.hardware import Device
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.collectives import step_seconds
-from rhino_jax.cost.compute import Work, parts_seconds
+from rhino_jax.cost.compute import Work, memory_seconds, parts_seconds
 from rhino_jax.cost.instructions import Instruction, Unfolded
-from rhino_jax.ir.factors import Rule
+from rhino_jax.cost.reshard import local_bytes
+from rhino_jax.ir.factors import Choice, Rule, layouts
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.program import Op
+from rhino_jax.ir.program import Op, Program, accumulator_dtype
 from rhino_jax.ir.steps import ALL_GATHER, Step, changed_dim
 
 
@@ -60,12 +61,37 @@ def within_seconds(
 def lost_seconds(
     one: Instruction, value: int, step: Step, mesh: Mesh, device: Device
 ) -> float:
-    """What a product of smaller parts takes longer."""
+    """What a product takes longer in parts."""
     assert one.op is not None and one.rule is not None
-    name, count = divided(one.op, one.rule, value, step), mesh.group_size(step.axes)
-    reads = one.program.operand_values(one.op)
-    given = (one.op, reads, one.rule, one.plan.choice, mesh, device)
-    return parts_seconds(*given, name, count) - parts_seconds(*given)
+    given = (one.program, one.op, one.rule, one.plan.choice)
+    return parts_lose_seconds(*given, value, step, mesh, device)
+
+
+def parts_lose_seconds(
+    program: Program,
+    op: Op,
+    rule: Rule,
+    choice: Choice,
+    value: int,
+    step: Step,
+    mesh: Mesh,
+    device: Device,
+) -> float:
+    """What a product loses where it does ``step``, a move of ``value``, by itself.
+
+    Smaller products reach less of the peak. And nothing is made of a result in the
+    kernel that makes it any more: it is written part by part, or added up in float32,
+    and read again.
+    """
+    factor, count = divided(op, rule, value, step), mesh.group_size(step.axes)
+    given = (op, program.operand_values(op), rule, choice, mesh, device)
+    slower = parts_seconds(*given, factor, count) - parts_seconds(*given)
+    (made,), (layout,) = program.result_values(op), layouts(rule, choice)[1]
+    moved = 2 * local_bytes(made.shape, made.dtype, layout, mesh)
+    if not any(factor in dim for dim in rule.results[0]):
+        terms = accumulator_dtype(made.dtype)
+        moved = 2 * count * local_bytes(made.shape, terms, layout, mesh)
+    return slower + memory_seconds(moved, device)
 
 
 def _product(unfolded: Unfolded, number: int) -> int:

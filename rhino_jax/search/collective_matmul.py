@@ -14,9 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rhino_jax.cluster.topology import Cluster
-from rhino_jax.cost.collective_matmul import divided, exposed_seconds
+from rhino_jax.cost.collective_matmul import (
+    divided,
+    exposed_seconds,
+    parts_lose_seconds,
+)
 from rhino_jax.cost.collectives import step_seconds
-from rhino_jax.cost.compute import op_work, parts_seconds
+from rhino_jax.cost.compute import op_work
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
 from rhino_jax.ir.layout import Layout, padded_size
 from rhino_jax.ir.mesh import Mesh
@@ -173,11 +177,10 @@ class _Pass:
         if factor.startswith("b"):
             return
         count = self.mesh.group_size(step.axes)
-        device, reads = self.cluster.device, self.program.operand_values(op)
-        given = (op, reads, rule, plan.choice, self.mesh, device)
+        device, given = self.cluster.device, (self.program, op, rule, plan.choice)
         sent = step_seconds(step, self.mesh, self.cluster)
-        work = op_work(self.program, op, rule, plan.choice, self.mesh, device)
-        lost = parts_seconds(*given, factor, count) - parts_seconds(*given)
+        work = op_work(*given, self.mesh, device)
+        lost = parts_lose_seconds(*given, move.value, step, self.mesh, device)
         gain = sent - exposed_seconds(sent, work.seconds, count) - lost
         if gain > WORTH * sent:
             yield _Within(number, move, step, gain)

@@ -26,7 +26,11 @@ from rhino_jax.lower.reshard import outside
 
 @dataclass(frozen=True)
 class _Places:
-    """One dimension as [outer, count, inner], ``count`` the devices' places."""
+    """One dimension as [outer, count, inner], ``count`` the devices' places.
+
+    It is taken apart only where it must be (``outer`` above 1): compilers drag
+    dimensions that are put together again through what follows.
+    """
 
     dim: int
     outer: int
@@ -34,23 +38,36 @@ class _Places:
 
     def part(self, x: jax.Array, number: jax.Array) -> jax.Array:
         """The part of ``x`` at place ``number``."""
+        size = x.shape[self.dim] // self.count
+        if self.outer == 1:
+            return lax.dynamic_slice_in_dim(x, number * size, size, self.dim)
         split = self._apart(x, self.count)
         return self.joined(lax.dynamic_index_in_dim(split, number, self.dim + 1))
 
     def room(self, part: jax.Array) -> jax.Array:
-        """For all parts like ``part``, nothing written yet: [.., outer, count, ..]."""
+        """For all parts like ``part``, nothing written yet."""
         shape = list(self._apart(part, 1).shape)
-        shape[self.dim + 1] = self.count
+        shape[self._at] *= self.count
         return lax.empty(tuple(shape), part.dtype)
 
     def put(self, room: jax.Array, part: jax.Array, number: jax.Array) -> jax.Array:
         one = self._apart(part, 1)
-        return lax.dynamic_update_slice_in_dim(room, one, number, self.dim + 1)
+        start = number * one.shape[self._at]
+        return lax.dynamic_update_slice_in_dim(room, one, start, self._at)
 
     def joined(self, x: jax.Array) -> jax.Array:
+        """Of a room or its part, the dimension in one again."""
+        if self.outer == 1:
+            return x
         return x.reshape(*x.shape[: self.dim], -1, *x.shape[self.dim + 3 :])
 
+    @property
+    def _at(self) -> int:
+        return self.dim if self.outer == 1 else self.dim + 1
+
     def _apart(self, x: jax.Array, count: int) -> jax.Array:
+        if self.outer == 1:
+            return x
         shape = (self.outer, count, x.shape[self.dim] // (self.outer * count))
         return x.reshape(*x.shape[: self.dim], *shape, *x.shape[self.dim + 1 :])
 
