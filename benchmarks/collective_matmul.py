@@ -3,11 +3,11 @@
 One GPT is planned with and without collective matmul, and both are compiled for TPUs
 that are not here. Beside the predictions stand what the compiler's own schedule says:
 between the start and the end of each shard's travel it runs so many cycles of kernels.
-What these take of the travel's predicted time is hidden. But parts of a product cost more
-than the product: so the compiler's cycles of all kernels, with the communication that is
-predicted to be seen, must be less with than without. Exit 1 where they are not, where a
-program is not its plan, or less than the goal is hidden. ``python -m benchmarks.collective_matmul
---help``.
+What these take of the travel's predicted time is hidden. But a product in parts costs
+more than in one: so the compiler's cycles of all kernels, with the communication that
+is predicted to be seen, must be less with than without. Exit 1 where they are not,
+where a program is not its plan, or less than the goal is hidden.
+``python -m benchmarks.collective_matmul --help``.
 """
 
 from __future__ import annotations
