@@ -27,8 +27,8 @@ class Wish:
     ``meshes`` to choose from; ``limit_bytes`` of one device. ``microbatches`` 0 and
     ``remat`` "" leave them to the search. ``more_memory`` says how a device could have
     more, where it could. ``pipeline``: the plan will be cut in stages. ``staged``: its
-    scanned layers are, in one program, and divide the batch themselves. ``halos``: as
-    of a :class:`~rhino_jax.search.planner.Request`.
+    scanned layers are, in one program, and divide the batch themselves. ``halos``:
+    images may be cut in blocks.
     """
 
     cluster: Cluster
@@ -42,7 +42,7 @@ class Wish:
     more_memory: str = ""
     pipeline: bool = False
     staged: Staged | None = None
-    halos: bool | None = None
+    halos: bool = True
 
 
 @dataclass(frozen=True)
