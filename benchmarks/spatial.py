@@ -131,7 +131,9 @@ def main(models: tuple[str, ...], cluster: str, compiles: bool) -> None:
             missed.append(f"{name}: halos bring nothing")
         if compiles:
             row = compiled(found)
-            click.echo(f"{name} compiled: {row['outcome']}; {row.get('axes')}")
+            peak = row.get("compiled_bytes", 0) / 2**30
+            click.echo(f"{name} compiled: {row['outcome']}, {peak:.2f} GiB")
+            click.echo(f"  planned, compiled, ratio by axes: {row.get('axes')}")
             if not faithful(row) or row["missing"]:
                 missed.append(f"{name}: the compiled program is not the plan: {row}")
         worst, count = difference(name)

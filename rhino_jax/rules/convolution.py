@@ -18,7 +18,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rhino_jax.ir.factors import WINDOW, Dims, Factor, Flow, Halo, Rule
+from rhino_jax.ir.factors import (
+    PARALLEL,
+    REDUCTION,
+    WINDOW,
+    Dims,
+    Factor,
+    Flow,
+    Halo,
+    Rule,
+)
 from rhino_jax.ir.program import Op, Value
 from rhino_jax.rules.notation import RuleFn, sums
 from rhino_jax.rules.window import Scattered, Window
@@ -44,6 +53,9 @@ class _Factors:
     ) -> Dim:
         if size == 1:
             return ()
+        if kind == WINDOW and not any(h.before or h.behind for h in halos):
+            # Blocks of their own, though the dimension is no plain row of them.
+            kind, halos = REDUCTION if by else PARALLEL, ()
         self.found[name] = Factor(name, size, kind, by, halos=halos)
         return (name,)
 
@@ -106,7 +118,7 @@ def _ends(padding: Sequence[int]) -> tuple[int, int]:
 
 
 def _convolved(factors: _Factors, at: Window) -> Windowed:
-    for form in (_blocks, _spread, _taps, _overlapping, _added):
+    for form in (_blocks, _taps, _overlapping, _added):
         found = form(factors, at, "sum")
         if found is not None:
             return found
@@ -133,19 +145,6 @@ def _blocks(factors: _Factors, at: Window, operator: str) -> Windowed | None:
         return (*p, *w), w, p
     rest = factors.add(f"x{at.number}", step, "blocked")
     return (*p, *rest), factors.add(f"k{at.number}", at.window, "blocked"), p
-
-
-def _spread(factors: _Factors, at: Window, operator: str) -> Windowed | None:
-    """The transpose of :func:`_blocks`: each element makes a block, p -> (p, y).
-
-    The result takes the window in reverse, so the place in the block stays blocked.
-    """
-    apart = at.stride == 1 and at.reach - 1 <= at.low <= at.read_dilation - 1
-    if not apart or at.made != at.read * at.read_dilation:
-        return None
-    p = factors.add(f"p{at.number}", at.read)
-    window = factors.add(f"k{at.number}", at.window, "blocked")
-    return p, window, (*p, *factors.add(f"y{at.number}", at.read_dilation, "blocked"))
 
 
 def _taps(factors: _Factors, at: Window, operator: str) -> Windowed | None:

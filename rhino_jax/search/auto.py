@@ -93,7 +93,6 @@ class _Search:
         self.memos: dict[Mesh, Memo] = {}
         self.considered: list[Candidate] = []
         self.notes: dict[str, None] = {}
-        self.halos = wish.halos
         self.refused = False
         self.uneven = False
         """Of microbatches that were refused: it was only their number."""
@@ -161,20 +160,8 @@ class _Search:
             yield self._with(policies[1:], counts[:1])
         for count in counts[1:]:
             if self.refused:
-                break
+                return
             yield self._with(policies, (count,))
-        if self._may_cut_images():
-            self.halos, self.meshes = True, list(wish.meshes)
-            yield self._with(policies, counts[:1])
-
-    def _may_cut_images(self) -> bool:
-        """Whether there are images, and none were cut in blocks so far."""
-        wish = self.wish
-        if wish.halos is not None or wish.pins:
-            return False
-        ops = (op for _, op in self.subject.program.walk())
-        whole = self.subject.batch_size % wish.cluster.num_devices == 0
-        return whole and any(op.kind == "conv_general_dilated" for op in ops)
 
     def _with(
         self, policies: Sequence[str], counts: Sequence[int]
@@ -329,10 +316,9 @@ class _Search:
         even: bool = False,
     ) -> Sought:
         """One mesh searched, at a price for memory."""
-        on = linked(self.wish.cluster, mesh)
-        request = Request(
-            on, self.prices, pins=self.wish.pins, even=even, halos=self.halos
-        )
+        wish = self.wish
+        on = linked(wish.cluster, mesh)
+        request = Request(on, self.prices, pins=wish.pins, even=even, halos=wish.halos)
         energy = energy_of(reading, request, self.memos.setdefault(on, Memo()))
         return Sought(reading, energy, self._answer(energy, byte_seconds, start=start))
 

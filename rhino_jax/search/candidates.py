@@ -29,7 +29,7 @@ class Wish:
     more, where it could. ``pipeline``: the plan will be cut in stages. ``staged``: its
     scanned layers are, in one program, and divide the batch themselves.
     ``collective_matmul``: products may gather and scatter while they work. ``halos``:
-    as of a :class:`~rhino_jax.search.planner.Request`.
+    images may be cut in blocks.
     """
 
     cluster: Cluster
@@ -44,7 +44,7 @@ class Wish:
     pipeline: bool = False
     staged: Staged | None = None
     collective_matmul: bool = False
-    halos: bool | None = None
+    halos: bool = True
 
 
 @dataclass(frozen=True)

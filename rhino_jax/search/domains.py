@@ -89,7 +89,7 @@ class Kind:
     wanted: tuple[tuple[str, ...], ...] | None = None
     settled: bool = False
     pads: bool = False
-    halos: bool = False
+    halos: bool = True
     limits: Limits = NO_LIMITS
     _known: dict[Slots, Meaning | None] = field(default_factory=dict)
     _domains: dict[Hashable, Domain] = field(default_factory=dict)
@@ -263,7 +263,7 @@ def kinds_of(
     mesh: Mesh,
     made: dict[Hashable, Kind],
     even: bool = False,
-    halos: bool = False,
+    halos: bool = True,
 ) -> list[Kind]:
     """For each variable its Kind; ``made`` are those there are, and gets the new.
 

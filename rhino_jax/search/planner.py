@@ -44,8 +44,7 @@ class Request:
     ``pins``: tree path or name to the axes of each dimension. ``orders``: in how many
     orders axes are taken. ``placed``: layouts of inputs (positions), as pins but
     stronger than these. ``even``: no shard is padded (one that is can not always be
-    run in microbatches). ``halos``: windows that overlap may be cut in blocks; None:
-    where the batch can not be divided among all devices, or something is pinned.
+    run in microbatches). ``halos``: windows that overlap may be cut in blocks.
     """
 
     mesh: Mesh
@@ -56,7 +55,7 @@ class Request:
     orders: int = 2
     placed: Mapping[int, Layout] = field(default_factory=dict)
     even: bool = False
-    halos: bool | None = None
+    halos: bool = True
 
 
 @dataclass(frozen=True)
@@ -203,25 +202,9 @@ def energy_of(reading: Reading, request: Request, memo: Memo | None = None) -> E
         mesh,
         request.prices,
         request.replicate_heavy,
-        kinds_of(
-            graph,
-            reading.parts,
-            mesh,
-            memo.kinds,
-            request.even,
-            _with_halos(reading.subject, request),
-        ),
+        kinds_of(graph, reading.parts, mesh, memo.kinds, request.even, request.halos),
         memo,
     )
-
-
-def _with_halos(subject: Subject, request: Request) -> bool:
-    """Whether blocks of images are looked at: a whole image a device is never dearer,
-    and most searches are shorter without."""
-    if request.halos is not None:
-        return request.halos
-    few = subject.batch_size % request.mesh.num_devices != 0
-    return few or bool(request.pins or request.placed)
 
 
 def _pinned(reading: Reading, request: Request) -> Graph:

@@ -28,6 +28,7 @@ from rhino_jax.rules.stated import PARAM
 from rhino_jax.trace.fallback import fallback_rule, registered_rule
 from rhino_jax.trace.hoist import HOIST, Call
 from rhino_jax.trace.kernels import kernel_blocks
+from rhino_jax.trace.pools import without_pads
 from rhino_jax.trace.rewrite import rewritten
 
 INLINED: Mapping[str, str] = {
@@ -138,7 +139,7 @@ class _Reader:
                 return self.builder.literal(var)
             return env[var]
 
-        for eqn in jaxpr.eqns:
+        for eqn in without_pads(jaxpr):
             ins = [read(var) for var in eqn.invars]
             kind = eqn.primitive.name
             own = registered_rule(eqn, self.rules, self._named(eqn))

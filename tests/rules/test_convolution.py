@@ -124,7 +124,7 @@ CONVOLUTIONS = {
     ),
     "gradient of patches": (
         conv((4, 3, 5), (2, 5, 8), (4, 6, 8), pad=((1, 1),), lhs_dilation=(2,)),
-        "adb,ebc->a(df)c {b:reduction=sum, e:blocked, f:blocked}",
+        "adb,fbc->a(de)c {b:reduction=sum, e:blocked, f:blocked}",
     ),
     "spread into one another": (
         conv((4, 3, 5), (3, 5, 8), (4, 7, 8), pad=((2, 2),), lhs_dilation=(2,)),
