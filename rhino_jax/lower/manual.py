@@ -16,7 +16,7 @@ import jax
 from jax import lax
 
 from rhino_jax import compat
-from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
+from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, whole
 from rhino_jax.ir.factors import Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
@@ -156,6 +156,8 @@ def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
             for inner, done in zip(op.programs, plan.inner, strict=True)
         ]
         outs = CONTROL[op.kind](op, bodies, args)
+    elif op.local is not None:
+        outs = run(op.local, whole(op.local), Mesh(()), args)
     else:
         args = frame.after(op.param.get(WAITS, ()), args)
         shard = Shard(

@@ -15,8 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from rhino_jax.ir.factors import Choice, Rule, choice_problems, layouts
+from rhino_jax.ir.factors import (
+    Choice,
+    Rule,
+    choice_problems,
+    layouts,
+    manual_choice,
+)
 from rhino_jax.ir.layout import Layout, Split, contiguous, local_size, sorted_dim
 from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
 from rhino_jax.ir.staged import Lift
@@ -92,6 +99,11 @@ class Kind:
     _known: dict[Slots, Meaning | None] = field(default_factory=dict)
     _domains: dict[Hashable, Domain] = field(default_factory=dict)
 
+    @cached_property
+    def manual(self) -> Choice | None:
+        """The choice that the user has made for an op."""
+        return None if self.rule is None else manual_choice(self.rule, self.mesh)
+
     def around(self, at: Slots, axis: int) -> Domain:
         """The ways to change one axis of ``at``, what stands there first."""
         key = at, axis
@@ -116,6 +128,7 @@ class Kind:
         """The slots of one axis, whatever the others are."""
         if (
             self.fixed is not None
+            or self.manual is not None
             or self.mesh.size(axis) == 1
             or axis in self.limits.barred
         ):
@@ -177,6 +190,8 @@ class Kind:
     def _meaning(self, slots: Slots) -> Meaning | None:
         if self.fixed is not None:
             return Meaning(None, (self.fixed,), (self.fixed,))
+        if self.rule is not None and self.manual is not None:
+            return Meaning(self.manual, *layouts(self.rule, self.manual))
         digits = self._digits(slots)
         if digits is None:
             return None

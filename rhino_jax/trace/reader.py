@@ -23,11 +23,13 @@ from rhino_jax.ir.check import check
 from rhino_jax.ir.program import Op, Plain, Program, Value, Where
 from rhino_jax.rules import RULES
 from rhino_jax.rules.kernels import BLOCKS, KERNEL
+from rhino_jax.rules.manual import SHARD_MAP
 from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.rules.stated import PARAM
 from rhino_jax.trace.fallback import fallback_rule, registered_rule
 from rhino_jax.trace.hoist import HOIST, Call
 from rhino_jax.trace.kernels import kernel_blocks
+from rhino_jax.trace.manual import manual_params
 from rhino_jax.trace.rewrite import rewritten
 
 INLINED: Mapping[str, str] = {
@@ -147,6 +149,8 @@ class _Reader:
                 outs = self._emit(own[1], kind, call, stack)
             elif (inner := _inner(eqn)) is not None:
                 outs = self._inline(eqn, inner, ins, stack)
+            elif kind == SHARD_MAP:
+                outs = self._manual(eqn, ins, stack)
             else:
                 outs = self._op(eqn, kind, ins, stack)
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -209,12 +213,24 @@ class _Reader:
             call = HOIST[kind](call, hoisted)
         return self._emit(eqn, kind, call, stack)
 
+    def _manual(self, eqn: Any, ins: list[int], stack: str) -> list[int]:
+        """A ``shard_map``: what it holds, read for the shapes of one device."""
+        closed = compat.close(*open_jaxpr(eqn.params["jaxpr"]))
+        local, consts = read_jaxpr(closed, SHARD_MAP, (), self._line(eqn), self.rules)
+        taken = local.inputs[len(local.inputs) - len(consts) :]
+        pairs = zip(taken, consts, strict=True)
+        ins = [*ins, *(self._constant(local.values[v], c) for v, c in pairs)]
+        params = manual_params(eqn, local, len(consts), self._named(eqn))
+        params["jaxpr"] = plain(eqn.params["jaxpr"])
+        return self._emit(eqn, SHARD_MAP, Call([], ins, params), stack, local)
+
     def _emit(
         self,
         eqn: Any,
         kind: str,
         call: Call,
         stack: str,
+        local: Program | None = None,
     ) -> list[int]:
         outs = [self.builder.value(var.aval) for var in eqn.outvars]
         file, line = self._line(eqn)
@@ -229,6 +245,7 @@ class _Reader:
                 where,
                 eqn,
                 tuple(sorted(type(e).__name__ for e in eqn.effects)),
+                local,
             )
         )
         return outs

@@ -12,7 +12,6 @@ from jax.experimental import io_callback
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rhino_jax as rhino
-from rhino_jax.errors import TraceError
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 OPTIONS: dict[str, Any] = {"cache_dir": "", "mesh": {"x": 2, "y": 4}}
@@ -86,21 +85,3 @@ def test_one_that_does_not_fit_is_ignored_and_said(
     planned = rhino.plan(step, X, **OPTIONS)
     (note,) = (n for n in planned.plan.notes if n.startswith("sharding constraint"))
     assert why in note and "ignored" in note
-
-
-def test_a_shard_map_is_refused_or_kept_as_it_is() -> None:
-    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-
-    def step(x: Any) -> Any:
-        total = jax.shard_map(
-            lambda x: jax.lax.psum(jnp.sum(x, 0), "x"),
-            mesh=mesh,
-            in_specs=PartitionSpec("x"),
-            out_specs=PartitionSpec(),
-        )(2 * x)
-        return total + 1
-
-    with pytest.raises(TraceError, match=r"test_effects.py:\d+: shard_map"):
-        rhino.plan(step, X, **OPTIONS)
-    run = rhino.auto_parallel(step, lowering="auto", **OPTIONS)
-    np.testing.assert_allclose(run(X), jax.jit(step)(X), rtol=1e-5)
