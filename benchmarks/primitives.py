@@ -99,7 +99,10 @@ def markdown(found: Census) -> str:
         f"- Read as what they do, in other primitives: {_names(REWRITES)} (a `while` "
         "only under `vmap`), and mutable references made inside the step."
     )
-    lines.append("- Run as it is written, over the axes that it names: `shard_map`.")
+    lines.append(
+        "- Run as they are written: `shard_map` over the axes that it names, "
+        "`custom_partitioning` by the rule that it may bring."
+    )
     lines.append(
         "- Refused, with what to write instead: side effects with `ordered=True`, "
         "mutable references from outside the step."

@@ -30,6 +30,7 @@ INDEXED = "indexed"
 POSITIONAL = "positional"
 RING = "ring"
 MANUAL = "manual"
+TILED = "tiled"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ KINDS: Mapping[str, Kind] = {
     INDEXED: Kind(True, True, True, "indices outside the shard are masked"),
     POSITIONAL: Kind(True, True, True, "the local form needs the global index"),
     RING: Kind(True, True, False, "shards of some operands go around all devices"),
+    TILED: Kind(True, False, False, "a shard is one block, and may ask which"),
     MANUAL: Kind(True, False, False, "the user has handed it to the axis of its name"),
 }
 

@@ -1,4 +1,4 @@
-"""The user's own ``shard_map`` in a step, and the collectives inside it.
+"""What users have split by hand: ``shard_map``, and the collectives inside it.
 
 What the user has split stays so: every mesh axis of a ``shard_map`` is a factor of its
 own (:data:`rhino_jax.ir.factors.MANUAL`), which that axis alone may split and must. A
@@ -8,6 +8,8 @@ have the value whole, and so have those of the plan that the user's mesh lacks.
 
 Inside, in the op's ``local`` Program, values are shards already and every op runs as it
 stands. Its collectives are the user's: nobody plans them, but they are counted.
+
+A ``custom_partitioning`` op brings a rule along (:mod:`rhino_jax.trace.partitioning`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ SHARD_MAP = "shard_map"
 AXES, MANUAL_AXES, IN_SPECS, OUT_SPECS = "axes", "manual_axes", "in_specs", "out_specs"
 """Parameters that tracing writes: the user's mesh as pairs (axis, size); the axes that
 the body knows by name; for every operand and result the axes of each dimension."""
+
+PARTITIONED = "custom_partitioning"
+"""An op that comes with a rule, and with what one device runs, of the user's own."""
 
 SILENT = ("axis_index", "pvary")
 """What names an axis and sends nothing."""
@@ -58,5 +63,5 @@ def _whole(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
 
 RULES: Mapping[str, RuleFn] = {
     SHARD_MAP: shard_map,
-    **dict.fromkeys((*COLLECTIVES, *SILENT), _whole),
+    **dict.fromkeys((*COLLECTIVES, *SILENT, PARTITIONED), _whole),
 }

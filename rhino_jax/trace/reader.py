@@ -30,6 +30,7 @@ from rhino_jax.trace.fallback import fallback_rule, registered_rule
 from rhino_jax.trace.hoist import HOIST, Call
 from rhino_jax.trace.kernels import kernel_blocks
 from rhino_jax.trace.manual import manual_params
+from rhino_jax.trace.partitioning import partitioning_rule
 from rhino_jax.trace.rewrite import rewritten
 
 INLINED: Mapping[str, str] = {
@@ -144,6 +145,9 @@ class _Reader:
             ins = [read(var) for var in eqn.invars]
             kind = eqn.primitive.name
             own = registered_rule(eqn, self.rules, self._named(eqn))
+            brought = None if own else partitioning_rule(eqn, self._named(eqn))
+            if brought is not None:
+                own = brought, eqn
             if own is not None:
                 call = Call([], ins, _params(eqn, kind, ()) | {PARAM: own[0].plain})
                 outs = self._emit(own[1], kind, call, stack)
