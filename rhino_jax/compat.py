@@ -102,6 +102,14 @@ def as_written(eqn: Any) -> Iterator[None]:
         yield
 
 
+def under_mesh(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """Trace under ``mesh`` (or None), whatever ``jax.set_mesh`` the caller is under."""
+    if mesh is None or jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    found = getattr(mesh, "abstract_mesh", mesh)
+    return jax.sharding.use_abstract_mesh(found)
+
+
 def source_line(eqn: Any) -> tuple[str, int]:
     """The user's file and line of ``eqn`` (("", 0) where none is known).
 
@@ -272,6 +280,12 @@ def spec_of(sharding: Any) -> tuple[tuple[str, ...], ...] | None:
     if spec is None or jax.sharding.PartitionSpec.UNCONSTRAINED in tuple(spec):
         return None
     return partitions(spec)
+
+
+def axes_of(sharding: Any) -> tuple[tuple[str, int], ...]:
+    """The axes of a sharding's mesh, with their sizes; none where it has no mesh."""
+    mesh = getattr(sharding, "mesh", None)
+    return () if mesh is None else tuple(mesh.shape.items())
 
 
 # ---- compile-only (verify/) -------------------------------------------------------

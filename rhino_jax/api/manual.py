@@ -1,14 +1,15 @@
-"""The mesh that a step's own ``shard_map`` names, and the plan's mesh around it.
+"""The mesh that a step itself names, and the plan's mesh around it.
 
-What a user has split by hand names mesh axes; the plan's mesh must have them, with
-their sizes. It may have others: there the user's part is done whole.
+What a user has split by hand (``shard_map``) names mesh axes; the plan's mesh must have
+them, with their sizes. It may have others: there the user's part is done whole. The
+axes of sharding constraints it has where it can.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import jax
 
@@ -16,8 +17,10 @@ from rhino_jax.api.where import where
 from rhino_jax.errors import MeshError, OptionsError, problems
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
+from rhino_jax.lower.devices import as_mesh
 from rhino_jax.options import Options
 from rhino_jax.rules.manual import AXES, SHARD_MAP
+from rhino_jax.rules.placing import CONSTRAINTS
 
 
 def manual_ops(program: Program) -> tuple[Op, ...]:
@@ -56,18 +59,40 @@ def _mesh_of(op: Op) -> Mesh:
     return Mesh.of(**dict(op.param[AXES]))
 
 
+def asked_mesh(program: Program, devices: int) -> Mesh | None:
+    """The axes that the plan's mesh should have: those of ``shard_map`` calls, and of
+    sharding constraints where they can be had beside them on so many devices."""
+    inner = manual_mesh(program)
+    sizes = dict(inner.shape) if inner else {}
+    for op in _constraints(program):
+        more = {**sizes, **dict(op.param[AXES])}
+        clash = any(more[axis] != size for axis, size in sizes.items())
+        if not clash and devices % math.prod(more.values()) == 0:
+            sizes = more
+    return Mesh.of(**sizes) if sizes else inner
+
+
+def _constraints(program: Program) -> Iterator[Op]:
+    """Those that name an axis."""
+    for _, op in program.walk():
+        if op.kind in CONSTRAINTS and any(op.param["spec"] or ()):
+            yield op
+
+
 def around_manual(program: Program, options: Options) -> Options:
-    """``options`` of a step that has a ``shard_map``: where its mesh is that of all
+    """``options`` of a step that names mesh axes: where its mesh is that of all
     devices, that is the plan's.
 
     Raises:
-        MeshError: the plan's mesh can not have the axes that it names.
-        OptionsError: a pipeline is asked for.
+        MeshError: the plan's mesh can not have the axes that a ``shard_map`` names.
+        OptionsError: a pipeline is asked for, of a step with a ``shard_map``.
     """
     inner = manual_mesh(program)
-    if inner is None or options.lowering == "auto":
+    if options.lowering == "auto":
         return options
     if options.pipeline_stages is not None:
+        if inner is None:
+            return options
         raise OptionsError(
             problems(
                 f"{program.name} can not be cut in pipeline stages:",
@@ -78,9 +103,10 @@ def around_manual(program: Program, options: Options) -> Options:
         )
     _, mesh, count = where(options)
     if mesh is not None:
-        _check_inside(program, inner, mesh)
+        if inner is not None:
+            _check_inside(program, inner, mesh)
         return options
-    if count % inner.num_devices:
+    if inner is not None and count % inner.num_devices:
         raise MeshError(
             problems(
                 f"the step's shard_map is for mesh ({inner}), {inner.num_devices} "
@@ -90,9 +116,10 @@ def around_manual(program: Program, options: Options) -> Options:
                 "that has its axes.",
             )
         )
-    if count > inner.num_devices:
+    asked = asked_mesh(program, count)
+    if asked is None or asked.num_devices != count:
         return options
-    return replace(options, mesh=_devices_of(program, options) or inner.shape)
+    return replace(options, mesh=_devices_of(program, asked, options) or asked.shape)
 
 
 def _written(program: Program) -> Iterator[str]:
@@ -115,14 +142,25 @@ def _check_inside(program: Program, inner: Mesh, mesh: Mesh) -> None:
         )
 
 
-def _devices_of(program: Program, options: Options) -> jax.sharding.Mesh | None:
+def _devices_of(
+    program: Program, asked: Mesh, options: Options
+) -> jax.sharding.Mesh | None:
     """The user's own mesh, if it is one of all the devices attached here."""
     if options.cluster:
         return None
-    for op in manual_ops(program):
-        given: Any = op.source.params["mesh"]
-        if isinstance(given, jax.sharding.Mesh) and set(given.devices.flat) == set(
-            jax.devices()
+    for op in (*manual_ops(program), *_constraints(program)):
+        params = op.source.params
+        given = params.get("mesh") or next(
+            (params[name].mesh for name in _SHARDINGS if name in params), None
+        )
+        if (
+            isinstance(given, jax.sharding.Mesh)
+            and as_mesh(given) == asked
+            and set(given.devices.flat) == set(jax.devices())
         ):
             return given
     return None
+
+
+_SHARDINGS = ("sharding", "dst_sharding")
+"""Parameters of constraints."""

@@ -12,7 +12,7 @@ from rhino_jax import compat
 from rhino_jax.api.attached import more_memory
 from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
 from rhino_jax.api.competing import fastest
-from rhino_jax.api.manual import around_manual, manual_mesh, manual_ops
+from rhino_jax.api.manual import around_manual, asked_mesh, manual_ops
 from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.staging import (
@@ -233,8 +233,8 @@ def _meshes(
     subject: Subject, cluster: Cluster, level: int, cut: Staged | None
 ) -> tuple[Mesh, ...]:
     """Meshes to try; those of one stage's devices, where there are stages."""
-    inner = manual_mesh(subject.program)
-    if inner is not None:
+    inner = asked_mesh(subject.program, cluster.num_devices)
+    if inner is not None and cut is None:
         return meshes_around(cluster, level, inner)
     if cut is None:
         return candidate_meshes(cluster, level)
@@ -266,7 +266,7 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     recipe_named(recipe)
     jax_mesh, mesh, count = where(options)
     if mesh is None:
-        inner = manual_mesh(traced.program)
+        inner = asked_mesh(traced.program, count)
         if inner is None:
             mesh = default_meshes(recipe, grid_of(options, count))[-1]
         else:

@@ -14,7 +14,8 @@ from rhino_jax.rules.notation import RuleFn
 from rhino_jax.rules.shape import optimization_barrier
 
 CONSTRAINTS = frozenset(("sharding_constraint", "reshard"))
-"""Primitives whose parameter ``spec`` is what the user asks for."""
+"""Primitives whose parameter ``spec`` is what the user asks for, on a mesh of ``axes``
+(:data:`rhino_jax.rules.manual.AXES`)."""
 
 
 def _identity(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:

@@ -23,7 +23,7 @@ from rhino_jax.ir.check import check
 from rhino_jax.ir.program import Op, Plain, Program, Value, Where
 from rhino_jax.rules import RULES
 from rhino_jax.rules.kernels import BLOCKS, KERNEL
-from rhino_jax.rules.manual import SHARD_MAP
+from rhino_jax.rules.manual import AXES, SHARD_MAP
 from rhino_jax.rules.placing import CONSTRAINTS
 from rhino_jax.rules.stated import PARAM
 from rhino_jax.trace.fallback import fallback_rule, registered_rule
@@ -281,7 +281,8 @@ def _params(eqn: Any, kind: str, bodies: Sequence[str]) -> dict[str, Plain]:
     params = dict(plain_params(eqn.params, (*bodies, *_SCAN_TREES)))
     if kind in CONSTRAINTS:
         name = "sharding" if kind == "sharding_constraint" else "dst_sharding"
-        return {"spec": compat.spec_of(eqn.params[name])}
+        asked = eqn.params[name]
+        return {"spec": compat.spec_of(asked), AXES: compat.axes_of(asked)}
     if kind == KERNEL:
         blocks = kernel_blocks(eqn)
         params |= {} if blocks is None else {BLOCKS: blocks}

@@ -266,3 +266,45 @@ def test_it_is_kept_by_the_other_lowering(x64: None) -> None:
     options: Any = {"lowering": "auto", "mesh": {"data": DATA, "tensor": TENSOR}}
     run = rhino.auto_parallel(step, cache_dir="", donate=False, **options)
     same(run(*args), jax.jit(step)(*args))
+
+
+def constrained(x: Any) -> Any:
+    asked = NamedSharding(mesh_of(DATA, TENSOR), P("data", "tensor"))
+    return jnp.sum(lax.with_sharding_constraint(2 * x, asked), 0)
+
+
+def test_the_mesh_of_a_constraint_is_the_plans() -> None:
+    """So that it is obeyed; with another mesh asked for it is a wish."""
+    x = np.ones((ROWS, WIDTH), np.float32)
+    for options in ({}, {"recipe": "data_parallel"}, {"cluster": "h100:1x8"}):
+        planned = rhino.plan(constrained, x, cache_dir="", **options)
+        assert planned.plan.mesh.shape == {"data": DATA, "tensor": TENSOR}
+        assert not planned.plan.notes
+    np.testing.assert_allclose(
+        rhino.auto_parallel(constrained, cache_dir="")(x), 2 * np.sum(x, 0)
+    )
+    (note,) = rhino.plan(constrained, x, cache_dir="", mesh={"x": 8}).plan.notes
+    assert "ignored" in note
+    for count, shape in ((32, {"x": 4}), (2, {"x": 2})):
+        plan = rhino.plan(constrained, x, cache_dir="", cluster=f"h100:1x{count}").plan
+        assert dict(list(plan.mesh.shape.items())[:1]) == shape
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_under_a_mesh_of_jax(kind: Any, x64: None) -> None:
+    """``jax.set_mesh`` around the call, of either kind of axes."""
+    args = state_of("tensor_parallel")
+    mesh = jax.make_mesh((DATA, TENSOR), ("data", "tensor"), axis_types=(kind,) * 2)
+    block = tensor_parallel(None)
+
+    def moved(x: Any, up: Any, down: Any) -> Any:
+        if kind is AxisType.Auto:
+            return block(x, up, down)
+        x, up = jax.reshard(x, P("data")), jax.reshard(up, P(None, "tensor"))
+        return jax.reshard(block(x, up, jax.reshard(down, P("tensor"))), P())
+
+    step = partial(train_step, moved)
+    with jax.set_mesh(mesh):
+        run = rhino.auto_parallel(step, cache_dir="", donate=False)
+        same(run(*args), jax.jit(step)(*args))
+    assert run.planned(*args).plan.mesh.shape == {"data": DATA, "tensor": TENSOR}
