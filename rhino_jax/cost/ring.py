@@ -59,7 +59,7 @@ def sent_by(
 ) -> Iterator[Handed]:
     """What a collective of the user's own sends; ``mesh`` has all axes that it names.
 
-    What it reads is as one device has it.
+    What it reads is as one device has it; of what is ragged, all is taken to be sent.
     """
     kind = COLLECTIVES.get(op.kind)
     if kind is None:
@@ -67,7 +67,7 @@ def sent_by(
     axes = mesh.in_order(named_axes(op))
     groups = op.param.get("axis_index_groups")
     size = len(groups[0]) if groups else mesh.group_size(axes)
-    for value in makes if kind == ALL_GATHER else reads:
+    for value in makes if kind == ALL_GATHER else reads[:1]:
         sent = sent_bytes(kind, value.num_bytes, size) if size > 1 else 0
         if sent:
             whole = Layout.replicated(len(value.shape))

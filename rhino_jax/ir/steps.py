@@ -19,6 +19,8 @@ REDUCE_SCATTER = "reduce-scatter"
 ALL_GATHER = "all-gather"
 ALL_TO_ALL = "all-to-all"
 PERMUTE = "collective-permute"
+RAGGED = "ragged-all-to-all"
+"""Only of the user's own, since what it sends is known when it runs."""
 SLICE = "slice"
 MASK = "mask"
 EMBED = "embed"
@@ -32,6 +34,7 @@ COLLECTIVES: Mapping[str, str] = {
     **dict.fromkeys(("all_gather", "all_gather_invariant"), ALL_GATHER),
     "reduce_scatter": REDUCE_SCATTER,
     "all_to_all": ALL_TO_ALL,
+    "ragged_all_to_all": RAGGED,
     "ppermute": PERMUTE,
 }
 """Primitives that a user's ``shard_map`` sends by, and the kind of step each is."""

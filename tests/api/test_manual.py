@@ -308,3 +308,23 @@ def test_under_a_mesh_of_jax(kind: Any, x64: None) -> None:
         run = rhino.auto_parallel(step, cache_dir="", donate=False)
         same(run(*args), jax.jit(step)(*args))
     assert run.planned(*args).plan.mesh.shape == {"data": DATA, "tensor": TENSOR}
+
+
+def test_ragged_rows_count_as_if_all_were_sent() -> None:
+    """How many rows go where is known when it runs; not on CPU devices."""
+    x = np.ones((8 * ROWS, WIDTH), np.float32)
+
+    def swap(x: Any) -> Any:
+        each = jnp.full(8, len(x) // 8)
+        first = jnp.arange(8) * each
+        there = lax.axis_index("tensor") * each
+        return lax.ragged_all_to_all(
+            x, jnp.zeros_like(x), first, each, there, each, axis_name="tensor"
+        )
+
+    mapped = jax.shard_map(
+        swap, mesh=mesh_of(8), in_specs=P("tensor"), out_specs=P("tensor")
+    )
+    planned = rhino.plan(lambda x: mapped(2 * x), x, cache_dir="", cluster="h100:1x8")
+    assert sent(planned) == {("ragged-all-to-all", "tensor"): x.nbytes // 8 * 7 // 8}
+    assert planned.plan.predicted.comm_seconds > 0
