@@ -14,12 +14,12 @@ from dataclasses import replace
 import jax
 
 from rhino_jax.api.where import where
-from rhino_jax.errors import MeshError, OptionsError, problems
+from rhino_jax.errors import MeshError, OptionsError, TraceError, problems
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.lower.devices import as_mesh
 from rhino_jax.options import Options
-from rhino_jax.rules.manual import AXES, SHARD_MAP
+from rhino_jax.rules.manual import AXES, REFUSED, SHARD_MAP
 from rhino_jax.rules.placing import CONSTRAINTS
 
 
@@ -86,10 +86,11 @@ def around_manual(program: Program, options: Options) -> Options:
     Raises:
         MeshError: the plan's mesh can not have the axes that a ``shard_map`` names.
         OptionsError: a pipeline is asked for, of a step with a ``shard_map``.
+        TraceError: one holds what can not be part of one manual program.
     """
     inner = manual_mesh(program)
-    if options.lowering == "auto":
-        return options
+    if options.lowering == "manual":
+        _check_held(program)
     if options.pipeline_stages is not None:
         if inner is None:
             return options
@@ -120,6 +121,22 @@ def around_manual(program: Program, options: Options) -> Options:
     if asked is None or asked.num_devices != count:
         return options
     return replace(options, mesh=_devices_of(program, asked, options) or asked.shape)
+
+
+def _check_held(program: Program) -> None:
+    wrong = [
+        f"{op.where}: {what}"
+        for op in manual_ops(program)
+        for what in op.param[REFUSED]
+    ]
+    if wrong:
+        raise TraceError(
+            problems(
+                f"{program.name} holds a shard_map that can not be part of a plan:",
+                dict.fromkeys(wrong),
+                'Change that, or take JAX\'s own partitioner: lowering="auto".',
+            )
+        )
 
 
 def _written(program: Program) -> Iterator[str]:

@@ -23,6 +23,8 @@ from rhino_jax.ir.steps import COLLECTIVES
 from rhino_jax.rules.notation import RuleFn, whole
 
 SHARD_MAP = "shard_map"
+REFUSED = "refused"
+"""The parameter that says what in it can not be part of one manual program."""
 AXES, MANUAL_AXES, IN_SPECS, OUT_SPECS = "axes", "manual_axes", "in_specs", "out_specs"
 """Parameters that tracing writes: the user's mesh as pairs (axis, size); the axes that
 the body knows by name; for every operand and result the axes of each dimension."""

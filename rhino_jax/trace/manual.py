@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from rhino_jax import compat
-from rhino_jax.errors import TraceError, problems
 from rhino_jax.ir.program import Plain, Program
 from rhino_jax.ir.steps import COLLECTIVES
 from rhino_jax.rules.manual import (
@@ -14,37 +13,25 @@ from rhino_jax.rules.manual import (
     IN_SPECS,
     MANUAL_AXES,
     OUT_SPECS,
+    REFUSED,
     SHARD_MAP,
     SILENT,
 )
 
 
-def manual_params(
-    eqn: Any, local: Program, consts: int, place: str
-) -> dict[str, Plain]:
+def manual_params(eqn: Any, local: Program, consts: int) -> dict[str, Plain]:
     """The plain parameters of a ``shard_map`` whose body is ``local``.
 
     ``consts`` of its last inputs are the same on every device: what the body closes
-    over. ``place`` is the file and line of the call.
-
-    Raises:
-        TraceError: it holds what can not be part of one manual program, all of it said.
+    over. What keeps it from being part of one manual program is among them.
     """
-    wrong = [*_specs_unknown(eqn), *_ops_unknown(local)]
-    if wrong:
-        raise TraceError(
-            problems(
-                f"the shard_map at {place} can not be part of a plan:",
-                dict.fromkeys(wrong),
-                'Change that, or run it by JAX\'s partitioner with lowering="auto".',
-            )
-        )
     ins = tuple(compat.partitions(spec) for spec in eqn.params["in_specs"])
     return {
         AXES: tuple(eqn.params["mesh"].shape.items()),
         MANUAL_AXES: tuple(sorted(eqn.params["newly_manual_axes"])),
         IN_SPECS: (*ins, *((),) * consts),
         OUT_SPECS: tuple(compat.partitions(spec) for spec in eqn.params["out_specs"]),
+        REFUSED: tuple(dict.fromkeys((*_specs_unknown(eqn), *_ops_unknown(local)))),
     }
 
 

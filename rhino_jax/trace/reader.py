@@ -224,7 +224,7 @@ class _Reader:
         taken = local.inputs[len(local.inputs) - len(consts) :]
         pairs = zip(taken, consts, strict=True)
         ins = [*ins, *(self._constant(local.values[v], c) for v, c in pairs)]
-        params = manual_params(eqn, local, len(consts), self._named(eqn))
+        params = manual_params(eqn, local, len(consts))
         params["jaxpr"] = plain(eqn.params["jaxpr"])
         return self._emit(eqn, SHARD_MAP, Call([], ins, params), stack, local)
 

@@ -258,6 +258,9 @@ def test_what_can_not_be_is_said(x64: None) -> None:
     )
     with pytest.raises(TraceError, match=r"\d+: a shard_map inside a shard_map"):
         rhino.plan(partial(train_step, nested), *args, cache_dir="")
+    step = partial(train_step, nested)  # JAX's partitioner takes it
+    run = rhino.auto_parallel(step, cache_dir="", donate=False, lowering="auto")
+    same(run(*args), jax.jit(step)(*args))
 
 
 def test_it_is_kept_by_the_other_lowering(x64: None) -> None:
