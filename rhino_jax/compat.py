@@ -274,12 +274,16 @@ def partitions(spec: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
-def spec_of(sharding: Any) -> tuple[tuple[str, ...], ...] | None:
-    """Axis names per dimension of a sharding; None where it does not name them all."""
+def spec_of(sharding: Any, left_open: str) -> tuple[tuple[str, ...], ...] | None:
+    """Axis names per dimension of a sharding; None where it has none.
+
+    ``left_open`` stands for a dimension of which nothing is said.
+    """
     spec = getattr(sharding, "spec", None)
-    if spec is None or jax.sharding.PartitionSpec.UNCONSTRAINED in tuple(spec):
+    if spec is None:
         return None
-    return partitions(spec)
+    free = jax.sharding.PartitionSpec.UNCONSTRAINED
+    return partitions(tuple(left_open if x is free else x for x in spec))
 
 
 def axes_of(sharding: Any) -> tuple[tuple[str, int], ...]:

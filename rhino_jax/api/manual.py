@@ -20,7 +20,7 @@ from rhino_jax.ir.program import Op, Program
 from rhino_jax.lower.devices import as_mesh
 from rhino_jax.options import Options
 from rhino_jax.rules.manual import AXES, REFUSED, SHARD_MAP
-from rhino_jax.rules.placing import CONSTRAINTS
+from rhino_jax.rules.placing import CONSTRAINTS, OPEN
 
 
 def manual_ops(program: Program) -> tuple[Op, ...]:
@@ -75,7 +75,7 @@ def asked_mesh(program: Program, devices: int) -> Mesh | None:
 def _constraints(program: Program) -> Iterator[Op]:
     """Those that name an axis."""
     for _, op in program.walk():
-        if op.kind in CONSTRAINTS and any(op.param["spec"] or ()):
+        if op.kind in CONSTRAINTS and {*(op.param["spec"] or ())} - {(), OPEN}:
             yield op
 
 

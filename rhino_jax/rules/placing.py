@@ -18,6 +18,10 @@ CONSTRAINTS = frozenset(("sharding_constraint", "reshard"))
 (:data:`rhino_jax.rules.manual.AXES`)."""
 
 
+OPEN = ("*",)
+"""What stands in ``spec`` for a dimension that the user leaves open."""
+
+
 def _identity(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:
     return optimization_barrier(op, reads, makes)
 

@@ -27,6 +27,7 @@ from rhino_jax.ir.factors import (
 from rhino_jax.ir.layout import Layout, Split, contiguous, local_size, sorted_dim
 from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
 from rhino_jax.ir.staged import Lift
+from rhino_jax.rules.placing import OPEN
 from rhino_jax.search.graph import OUTPUT, READ, STATE, STORED, SUMMED, Graph, Var
 from rhino_jax.search.parts import Name, Part, Parts
 from rhino_jax.search.rows import NO_LIMITS, Limits
@@ -136,8 +137,11 @@ class Kind:
         found = list(self._splits(axis))
         if self.wanted is not None:
             asked = [d for d, axes in enumerate(self.wanted) if axis in axes]
+            rest = () if asked else (None,)
+            if not asked:
+                asked = [d for d, axes in enumerate(self.wanted) if axes == OPEN]
             found = [s for s in found if s and self._dim_of(s[1]) in asked]
-            return tuple(found) or (None,)
+            return (*rest, *found) or (None,)
         if self.rule is not None:
             count = 0 if self.settled else len(self.rule.flows)
             flows: Iterator[Slot] = ((FLOW, n, NO_PART) for n in range(count))

@@ -24,7 +24,7 @@ from rhino_jax.ir.program import Op, Plain, Program, Value, Where
 from rhino_jax.rules import RULES
 from rhino_jax.rules.kernels import BLOCKS, KERNEL
 from rhino_jax.rules.manual import AXES, SHARD_MAP
-from rhino_jax.rules.placing import CONSTRAINTS
+from rhino_jax.rules.placing import CONSTRAINTS, OPEN
 from rhino_jax.rules.stated import PARAM
 from rhino_jax.trace.fallback import fallback_rule, registered_rule
 from rhino_jax.trace.hoist import HOIST, Call
@@ -282,7 +282,7 @@ def _params(eqn: Any, kind: str, bodies: Sequence[str]) -> dict[str, Plain]:
     if kind in CONSTRAINTS:
         name = "sharding" if kind == "sharding_constraint" else "dst_sharding"
         asked = eqn.params[name]
-        return {"spec": compat.spec_of(asked), AXES: compat.axes_of(asked)}
+        return {"spec": compat.spec_of(asked, *OPEN), AXES: compat.axes_of(asked)}
     if kind == KERNEL:
         blocks = kernel_blocks(eqn)
         params |= {} if blocks is None else {BLOCKS: blocks}

@@ -71,6 +71,25 @@ def test_a_sharding_constraint_is_a_pin() -> None:
     assert choice == "o0_1: y/1"
 
 
+def test_what_it_leaves_open_is_searched() -> None:
+    """The rows stay as the batch is split, by a recipe; the columns are as asked."""
+    step = asked((PartitionSpec.UNCONSTRAINED, "y"), ("x", "y"))
+    pins = {"x": PartitionSpec("x")}
+    for more in ({"pins": pins}, {"recipe": "data_parallel", "pins": pins}):
+        run = rhino.auto_parallel(step, **OPTIONS, **more)
+        np.testing.assert_allclose(run(X), jax.jit(step)(X), rtol=1e-5)
+        planned = run.planned(X)
+        assert not planned.plan.notes
+        (index,) = (
+            i
+            for i, op in enumerate(planned.traced.program.ops)
+            if op.kind == "sharding_constraint"
+        )
+        done = planned.plan.assignment.ops[index]
+        after = [str(move.target) for move in done.after]
+        assert str(done.choice) == "o0_0: x/4; o0_1: y/1" or after == ["[x/4,y/1]"]
+
+
 @pytest.mark.parametrize(
     ("axes", "names", "why"),
     [
