@@ -15,7 +15,7 @@ import jax
 
 from rhino_jax.api.where import where
 from rhino_jax.errors import MeshError, OptionsError, TraceError, problems
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.mesh import TIME, Mesh
 from rhino_jax.ir.program import Op, Program
 from rhino_jax.lower.devices import as_mesh
 from rhino_jax.options import Options
@@ -32,23 +32,25 @@ def manual_mesh(program: Program) -> Mesh | None:
     """The axes that the step's ``shard_map`` calls name together; None without any.
 
     Raises:
-        MeshError: two of them give one axis two sizes.
+        MeshError: two of them give one axis two sizes, or a name can not be an axis.
     """
     ops = manual_ops(program)
     sizes: dict[str, int] = {}
     for op in ops:
-        sizes |= dict(op.param[AXES])
-    clashes = {
-        f"{op.where}: shard_map over mesh ({_mesh_of(op)})"
-        for op in ops
-        if any(sizes[axis] != size for axis, size in op.param[AXES])
-    }
-    if clashes:
-        every = sorted(clashes | {f"another over mesh ({Mesh.of(**sizes)})"})
+        sizes |= _mesh_of(op).shape
+    if TIME in sizes:
+        raise MeshError(
+            problems(
+                f"an axis named {TIME!r} is that of microbatches here:",
+                _written(program),
+                "Give the axis of your mesh another name.",
+            )
+        )
+    if any(sizes[axis] != size for op in ops for axis, size in op.param[AXES]):
         raise MeshError(
             problems(
                 "one mesh axis has two sizes in this step:",
-                every,
+                _written(program),
                 "Give the axes different names, or their meshes the same sizes.",
             )
         )
@@ -56,7 +58,7 @@ def manual_mesh(program: Program) -> Mesh | None:
 
 
 def _mesh_of(op: Op) -> Mesh:
-    return Mesh.of(**dict(op.param[AXES]))
+    return as_mesh(dict(op.param[AXES]))
 
 
 def asked_mesh(program: Program, devices: int) -> Mesh | None:
@@ -67,7 +69,8 @@ def asked_mesh(program: Program, devices: int) -> Mesh | None:
     for op in _constraints(program):
         more = {**sizes, **dict(op.param[AXES])}
         clash = any(more[axis] != size for axis, size in sizes.items())
-        if not clash and devices % math.prod(more.values()) == 0:
+        named = TIME not in more and all(map(str.isidentifier, more))
+        if named and not clash and devices % math.prod(more.values()) == 0:
             sizes = more
     return Mesh.of(**sizes) if sizes else inner
 

@@ -226,10 +226,14 @@ def test_the_mesh_is_found_around_that_of_the_user(x64: None) -> None:
         assert list(plan.mesh.shape.items())[-1] == ("tensor", TENSOR)
 
 
+WIDE = AbstractMesh((1, 8), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+
 def test_what_can_not_be_is_said(x64: None) -> None:
     args = state_of("tensor_parallel")
     step = partial(train_step, tensor_parallel(mesh_of(DATA, TENSOR)))
     plan = partial(rhino.plan, step, *args, cache_dir="")
+    wide = r"test_manual.py:\d+: shard_map over mesh \(data=1, tensor=8\)"
     place = r"test_manual.py:\d+: shard_map over mesh \(data=2, tensor=4\)"
     with pytest.raises(MeshError, match=r"\(data=2, tensor=4\), the plan's is .*=8"):
         plan(mesh={"data": 8})
@@ -239,6 +243,14 @@ def test_what_can_not_be_is_said(x64: None) -> None:
         plan(cluster="h100:1x4")
     with pytest.raises(rhino.RhinoError, match=r"shard_map at .*seen whole"):
         plan(microbatches=2)
+    both = partial(train_step, lambda *a: over_four()(*a) + tensor_parallel(WIDE)(*a))
+    with pytest.raises(MeshError, match=f"two sizes.*\n  - .*\n  - {wide}"):
+        rhino.plan(both, *args, cache_dir="")
+    timed = jax.shard_map(
+        lambda x, *_: x, mesh=AbstractMesh((8,), ("time",)), in_specs=P(), out_specs=P()
+    )
+    with pytest.raises(MeshError, match="'time' is that of microbatches"):
+        rhino.plan(partial(train_step, timed), *args, cache_dir="")
 
     def inner(x: Any, up: Any, down: Any) -> Any:
         more = jax.shard_map(
