@@ -101,9 +101,12 @@ def markdown(found: Census) -> str:
         "only under `vmap`), and mutable references made inside the step."
     )
     lines.append(
-        "- Refused, with what to write instead: `shard_map` (but with "
-        '`lowering="auto"`), side effects with `ordered=True`, mutable references from '
-        "outside the step."
+        "- Run as they are written: `shard_map` over the axes that it names, "
+        "`custom_partitioning` by the rule that it may bring."
+    )
+    lines.append(
+        "- Refused, with what to write instead: side effects with `ordered=True`, "
+        "mutable references from outside the step."
     )
     return "\n".join(lines) + "\n"
 

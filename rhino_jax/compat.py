@@ -45,9 +45,18 @@ Var = jex.core.Var
 Literal = jex.core.Literal
 
 
+_PLACES = ("sharding", "out_sharding")
+"""Parameters by which an equation says where its result lies. JAX fills them in behind
+a ``shard_map``, with a mesh; inside the plan's manual program there is another."""
+
+
 def bind(eqn: Any, args: Sequence[Any], changed: dict[str, Any]) -> Any:
-    """Bind the primitive of ``eqn`` to ``args``, with some parameters changed."""
-    params = {**eqn.params, **changed}
+    """Bind the primitive of ``eqn`` to ``args``, with some parameters changed.
+
+    Where the result lies is left open: the plan says that.
+    """
+    nowhere = {name: None for name in _PLACES if name in eqn.params}
+    params = {**eqn.params, **nowhere, **changed}
     found = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params))
     return list(found) if isinstance(found, FlatTree) else found
 
@@ -75,17 +84,30 @@ def with_form(eqn: Any, fun: Callable[..., Any]) -> Any:
 def as_written(eqn: Any) -> Iterator[None]:
     """Give what is traced inside the source line and name stack of ``eqn``.
 
-    An op that a rewrite has added has no equation: what surrounds it stands.
+    An op that a rewrite has added has no equation: what surrounds it stands. So does
+    the mesh around, where ``eqn`` was written under another (in a ``shard_map``).
     """
     if eqn is None:
         yield
         return
     stack = _source.current_name_stack() + eqn.source_info.name_stack
+    around = jax.sharding.get_abstract_mesh()
     with (
         _source.user_context(eqn.source_info.traceback, name_stack=stack),
         eqn.ctx.manager,
+        contextlib.nullcontext()
+        if eqn.ctx.cur_abstract_mesh.empty
+        else jax.sharding.use_abstract_mesh(around),
     ):
         yield
+
+
+def under_mesh(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """Trace under ``mesh`` (or None), whatever ``jax.set_mesh`` the caller is under."""
+    if mesh is None or jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    found = getattr(mesh, "abstract_mesh", mesh)
+    return jax.sharding.use_abstract_mesh(found)
 
 
 def source_line(eqn: Any) -> tuple[str, int]:
@@ -252,12 +274,22 @@ def partitions(spec: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
-def spec_of(sharding: Any) -> tuple[tuple[str, ...], ...] | None:
-    """Axis names per dimension of a sharding; None where it does not name them all."""
+def spec_of(sharding: Any, left_open: str) -> tuple[tuple[str, ...], ...] | None:
+    """Axis names per dimension of a sharding; None where it has none.
+
+    ``left_open`` stands for a dimension of which nothing is said.
+    """
     spec = getattr(sharding, "spec", None)
-    if spec is None or jax.sharding.PartitionSpec.UNCONSTRAINED in tuple(spec):
+    if spec is None:
         return None
-    return partitions(spec)
+    free = jax.sharding.PartitionSpec.UNCONSTRAINED
+    return partitions(tuple(left_open if x is free else x for x in spec))
+
+
+def axes_of(sharding: Any) -> tuple[tuple[str, int], ...]:
+    """The axes of a sharding's mesh, with their sizes; none where it has no mesh."""
+    mesh = getattr(sharding, "mesh", None)
+    return () if mesh is None else tuple(mesh.shape.items())
 
 
 # ---- compile-only (verify/) -------------------------------------------------------

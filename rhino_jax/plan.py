@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rhino_jax.cost.handed import handed_on, turn_of
+from rhino_jax.cost.handed import handed_on, sent_by, turn_of
 from rhino_jax.errors import PlanFileError, problems
-from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, trips_of
+from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, trips_of, whole
 from rhino_jax.ir.data import assignment_data, assignment_of
 from rhino_jax.ir.layout import Layout, parse_layout
 from rhino_jax.ir.mesh import STAGE, Axis, Mesh
@@ -359,12 +359,12 @@ def collectives(
                 assert plan.staged is not None
                 yield from _of_move(inner, move, op, mesh, turns * plan.staged.ticks)
         if not op.programs:
-            yield from _of_ring(program, op, plan, mesh, turns)
+            yield from _of_op(program, op, plan, mesh, turns)
+        if op.local is not None:
+            yield from collectives(op.local, whole(op.local), mesh, turns)
         for move in plan.after:
             yield from _of_move(program, move, op, mesh, turns)
-    for move in loop.leave:
-        yield from _of_move(program, move, _maker(program, move.value), mesh, count)
-    for move in assignment.final:
+    for move in (*loop.leave, *assignment.final):
         yield from _of_move(program, move, _maker(program, move.value), mesh, count)
 
 
@@ -373,13 +373,14 @@ def _maker(program: Program, value: int) -> Op | None:
     return None if made is None else program.ops[made]
 
 
-def _of_ring(
+def _of_op(
     program: Program, op: Op, plan: OpPlan, mesh: Mesh, count: int
 ) -> Iterator[Collective]:
     """What an op sends of itself."""
     reads, makes = program.operand_values(op), program.result_values(op)
     rule = rule_of(program, op)
-    for one in handed_on(rule, plan.choice, reads, makes, mesh):
+    around = handed_on(rule, plan.choice, reads, makes, mesh)
+    for one in (*around, *sent_by(op, reads, makes, mesh)):
         yield _written(one.step, one.value, op, count * one.turns)
 
 

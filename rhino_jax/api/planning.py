@@ -12,6 +12,7 @@ from rhino_jax import compat
 from rhino_jax.api.attached import more_memory
 from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
 from rhino_jax.api.competing import fastest
+from rhino_jax.api.manual import around_manual, asked_mesh, manual_ops
 from rhino_jax.api.pipelined import PipelinePlanned
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.api.staging import (
@@ -38,7 +39,6 @@ from rhino_jax.errors import (
     MeshError,
     OptionsError,
     PinError,
-    TraceError,
     problems,
 )
 from rhino_jax.extend import as_rules, registered
@@ -52,7 +52,7 @@ from rhino_jax.plan import Plan, Predicted, make_plan
 from rhino_jax.search.auto import plan_search
 from rhino_jax.search.candidates import Candidate, Wish
 from rhino_jax.search.choose import default_meshes, plan_recipe, plan_staged
-from rhino_jax.search.meshes import candidate_meshes
+from rhino_jax.search.meshes import candidate_meshes, meshes_around
 from rhino_jax.search.microbatch import microbatched, rows_together
 from rhino_jax.search.notes import plan_notes
 from rhino_jax.search.recipes import Placement, recipe_named
@@ -118,7 +118,7 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
         MeshError, ClusterError, PinError, OptionsError, InfeasibleError: what was
             asked for can not be.
     """
-    _check_lowering(traced, options)
+    options = around_manual(traced.program, options)
     if options.recipe:
         return _by_recipe(traced, options)
     where(options)  # what is wrong with a mesh is said before anything is looked up
@@ -135,24 +135,12 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
     return found
 
 
-def _check_lowering(traced: Traced, options: Options) -> None:
-    """Raises :class:`TraceError` for what the manual program can not hold."""
-    inside = [op for _, op in traced.program.walk() if op.kind == "shard_map"]
-    if inside and options.lowering == "manual":
-        raise TraceError(
-            problems(
-                f"{traced.program.name} holds a shard_map, and the plan is one itself:",
-                [f"{op.where}: shard_map" for op in inside],
-                "Write that part as for one device, and it is sharded with the rest; "
-                'or keep it, and take lowering="auto" with its mesh as mesh=.',
-            )
-        )
-
-
 def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
     def plan_one(way: Options) -> Planned:
         return _by_search(traced, way, cluster)
 
+    if manual_ops(traced.program):
+        return plan_one(options)
     return fastest(subject_of(traced), options, cluster, plan_one)
 
 
@@ -178,7 +166,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
         subject,
         Wish(
             share,
-            (mesh,) if mesh is not None else _meshes(share, level, cut),
+            (mesh,) if mesh is not None else _meshes(subject, share, level, cut),
             # Every worker holds its part of what the search thinks one device holds.
             limit * workers,
             level,
@@ -243,8 +231,13 @@ def _recipe_in_stages(
     return last, plan_staged(subject, mesh, placement, pins, last)
 
 
-def _meshes(cluster: Cluster, level: int, cut: Staged | None) -> tuple[Mesh, ...]:
+def _meshes(
+    subject: Subject, cluster: Cluster, level: int, cut: Staged | None
+) -> tuple[Mesh, ...]:
     """Meshes to try; those of one stage's devices, where there are stages."""
+    inner = asked_mesh(subject.program, cluster.num_devices)
+    if inner is not None and cut is None:
+        return meshes_around(cluster, level, inner)
     if cut is None:
         return candidate_meshes(cluster, level)
     share = candidate_meshes(part(cluster, cut.stages), level)
@@ -280,7 +273,11 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
     recipe_named(recipe)
     jax_mesh, mesh, count = where(options)
     if mesh is None:
-        mesh = default_meshes(recipe, grid_of(options, count))[-1]
+        inner = asked_mesh(traced.program, count)
+        if inner is None:
+            mesh = default_meshes(recipe, grid_of(options, count))[-1]
+        else:
+            mesh = meshes_around(cluster_of(options), 1, inner)[0]
     mesh = mesh.linked(TORUS if platform_of(options) == "tpu" else "")
     remat = options.remat or NONE
     traced = rewritten(traced, remat)

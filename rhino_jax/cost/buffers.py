@@ -39,7 +39,7 @@ from rhino_jax.cost.instructions import (
 from rhino_jax.cost.simplify import simplified
 from rhino_jax.cost.ticks import pipelined, with_totals
 from rhino_jax.cost.tiles import stored_bytes, window_shapes
-from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
+from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases, whole
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
 from rhino_jax.ir.program import WAITS, Op, Program, accumulator_dtype, itemsize
@@ -335,7 +335,9 @@ class Unfolding:
             return
         bodies = tuple(
             self.body(op, number, inner_plan)
-            for number, inner_plan in enumerate(plan.inner)
+            for number, inner_plan in enumerate(
+                plan.inner if op.local is None else [whole(op.local)]
+            )
         )
         trips = op.param["length"] if op.kind == "scan" else 1
         values = program.operand_values(op)
@@ -401,7 +403,7 @@ class Unfolding:
 
         ``added_up``: what it stacks may be terms, added to those of other ticks.
         """
-        program = op.programs[number]
+        program = op.local or op.programs[number]
         work = self.inside()
         frame = work.enter(program, assignment)
         inputs = tuple(

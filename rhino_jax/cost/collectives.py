@@ -42,6 +42,7 @@ from rhino_jax.ir.steps import (
     ALL_TO_ALL,
     FREE,
     PERMUTE,
+    RAGGED,
     REDUCE_SCATTER,
     Step,
 )
@@ -211,7 +212,7 @@ def _all_to_all(kind: str, wire_bytes: float, crossed: Crossing) -> float:
         else:
             ((link, _),) = stage
             sent = (count - 1) * inside * to_each
-            fitted = link.fitted(kind, sent, count) if link.fits else None
+            fitted = link.fitted(ALL_TO_ALL, sent, count) if link.fits else None
             seconds += (
                 (count - 1) * link.latency_seconds + sent / link.ring_bytes_per_second
                 if fitted is None
@@ -247,5 +248,6 @@ _SECONDS: Mapping[str, Callable[[str, float, Crossing], float]] = {
     REDUCE_SCATTER: _gather,
     ALL_REDUCE: _all_reduce,
     ALL_TO_ALL: _all_to_all,
+    RAGGED: _all_to_all,
     PERMUTE: _permute,
 }

@@ -164,13 +164,17 @@ def _wire_bytes(
     size = mesh.group_size(axes)
     if size == 1 or kind in FREE or TIME in axes:
         return 0
-    if kind == ALL_GATHER:
-        return local_bytes(shape, dtype, after, mesh) * (size - 1) // size
-    held = local_bytes(shape, dtype, before, mesh)
-    if kind == PERMUTE:
-        return held
-    share = held * (size - 1) // size
-    return {ALL_REDUCE: 2 * share, REDUCE_SCATTER: share, ALL_TO_ALL: share}[kind]
+    layout = after if kind == ALL_GATHER else before
+    return sent_bytes(kind, local_bytes(shape, dtype, layout, mesh), size)
+
+
+def sent_bytes(kind: str, num_bytes: int, size: int) -> int:
+    """Bytes each of ``size`` devices sends, by the one counter of the house.
+
+    ``num_bytes`` are those of what a device reads; of an all-gather, of what it gets.
+    """
+    share = num_bytes * (size - 1) // size
+    return {PERMUTE: num_bytes, ALL_REDUCE: 2 * share}.get(kind, share)
 
 
 def _state(layout: Layout, axis: str) -> State:

@@ -104,6 +104,16 @@ class Assignment:
         yield from self.final
 
 
+def whole(program: Program) -> Assignment:
+    """Every value whole, and nothing moved."""
+
+    def places(values: tuple[int, ...]) -> tuple[Layout, ...]:
+        return tuple(Layout.replicated(len(program.values[v].shape)) for v in values)
+
+    plans = tuple(OpPlan(inner=tuple(map(whole, op.programs))) for op in program.ops)
+    return Assignment(places(program.inputs), places(program.outputs), plans)
+
+
 def phases(
     program: Program, loop: Collection[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -36,6 +36,8 @@ POSITIONAL = "positional"
 RING = "ring"
 HANDING = (RING, WINDOW)
 """Kinds whose op sends shards, or edges of shards, while it works."""
+MANUAL = "manual"
+TILED = "tiled"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ KINDS: Mapping[str, Kind] = {
     INDEXED: Kind(True, True, True, "indices outside the shard are masked"),
     POSITIONAL: Kind(True, True, True, "the local form needs the global index"),
     RING: Kind(True, True, False, "shards of some operands go around all devices"),
+    TILED: Kind(True, False, False, "a shard is one block, and may ask which"),
+    MANUAL: Kind(True, False, False, "the user has handed it to the axis of its name"),
 }
 
 
@@ -344,6 +348,13 @@ def _layouts(rule: Rule, choice: Choice) -> Implied:
     return tuple(operands), tuple(results)
 
 
+def manual_choice(rule: Rule, mesh: Mesh) -> Choice | None:
+    """The one choice of an op that the user has split; None of all others."""
+    names = [f.name for f in rule.factors if f.kind == MANUAL]
+    wide = [name for name in names if mesh.size(name) > 1]
+    return Choice.of({name: [Split(name, 1)] for name in wide}) if names else None
+
+
 def choice_problems(rule: Rule, choice: Choice, mesh: Mesh) -> list[str]:
     """Everything that keeps ``choice`` from being carried out under ``rule``."""
     found = []
@@ -360,6 +371,8 @@ def choice_problems(rule: Rule, choice: Choice, mesh: Mesh) -> list[str]:
             found.append(f"factor {name!r} is {factor.kind}: {traits.why}")
         layout = Layout((digits,))
         found += layout.problems((factor.size,), mesh)
+        if factor.kind == MANUAL and any(split.axis != name for split in digits):
+            found.append(f"factor {name!r} is manual: {traits.why}")
         if factor.kind in HANDING and any(split.axis == TIME for split in digits):
             found.append(
                 f"factor {name!r} is a {factor.kind}: turns hand nothing around"

@@ -22,7 +22,7 @@ def print_program(program: Program, indent: str = "", where: bool = False) -> st
     lines = [f"{indent}{program.name}({ins}) {{"]
     for op in program.ops:
         lines.append(f"{indent}  {print_op(program, op, where)}")
-        for inner in op.programs:
+        for inner in (*op.programs, *([op.local] if op.local else [])):
             lines.append(print_program(inner, indent + "    ", where))
     outs = ", ".join(_operand(program, v) for v in program.outputs)
     lines += [f"{indent}  return {outs}", f"{indent}}}"]

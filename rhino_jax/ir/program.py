@@ -93,6 +93,8 @@ class Op:
 
     ``params`` holds plain data that rules read; ``source`` is the traced equation,
     which only trace/ and lower/ open; ``programs`` are the bodies of control flow.
+    ``local`` is what every device runs on its shard where the user has written that
+    (``shard_map``): no plan is made for it.
     """
 
     kind: str
@@ -103,6 +105,7 @@ class Op:
     where: Where = field(default=Where(), compare=False)
     source: Any = field(default=None, compare=False, repr=False)
     effects: tuple[str, ...] = ()
+    local: Program | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def param(self) -> Mapping[str, Plain]:

@@ -8,15 +8,19 @@ carries it out, and nobody else talks between devices.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.program import Op
 
 ALL_REDUCE = "all-reduce"
 REDUCE_SCATTER = "reduce-scatter"
 ALL_GATHER = "all-gather"
 ALL_TO_ALL = "all-to-all"
 PERMUTE = "collective-permute"
+RAGGED = "ragged-all-to-all"
+"""Only of the user's own, since what it sends is known when it runs."""
 SLICE = "slice"
 MASK = "mask"
 EMBED = "embed"
@@ -28,6 +32,22 @@ piece, or it is put together beside."""
 FREE = (SLICE, MASK, EMBED)
 """Steps that send nothing: keep one's own part; be zero but on the first shard;
 put one's own part into zeros, as one term of a sum."""
+
+COLLECTIVES: Mapping[str, str] = {
+    **dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin"), ALL_REDUCE),
+    **dict.fromkeys(("all_gather", "all_gather_invariant"), ALL_GATHER),
+    "reduce_scatter": REDUCE_SCATTER,
+    "all_to_all": ALL_TO_ALL,
+    "ragged_all_to_all": RAGGED,
+    "ppermute": PERMUTE,
+}
+"""Primitives that a user's ``shard_map`` sends by, and the kind of step each is."""
+
+
+def named_axes(op: Op) -> tuple[str, ...]:
+    """The mesh axes over which a collective of the user's talks."""
+    named = op.param.get("axes", op.param.get("axis_name"))
+    return (named,) if isinstance(named, str) else tuple(named)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax
 from jax import lax
 
 from rhino_jax import compat
-from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
+from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, whole
 from rhino_jax.ir.factors import Choice, Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
@@ -169,6 +169,8 @@ def _run_op(frame: Frame, op: Op, plan: OpPlan) -> None:
             for inner, done in zip(op.programs, plan.inner, strict=True)
         ]
         outs = CONTROL[op.kind](op, bodies, args)
+    elif op.local is not None:
+        outs = run(op.local, whole(op.local), Mesh(()), args)
     else:
         args = frame.after(op.param.get(WAITS, ()), args)
         outs = run_local(frame.shard(op, rule, plan.choice), args)
@@ -191,12 +193,12 @@ def _run_product(frame: Frame, op: Op, plan: OpPlan, within: Move) -> None:
         args.append(frame.get(value, layout) if own is None else own)
     ready = frame.after(op.param.get(WAITS, ()), tuple(args))
     around = Around(frame.shard(op, rule, plan.choice), step, operand)
-    out, whole = around.run(ready, within.within == COLLECTED)
+    out, collected = around.run(ready, within.within == COLLECTED)
     (made,), (layout,) = op.results, given
     if gathers:
         frame.put(made, layout, out)
-        if whole is not None:
-            frame.put(within.value, within.target, whole)
+        if collected is not None:
+            frame.put(within.value, within.target, collected)
     else:
         frame.put(made, within.target, out)
     for move in plan.after:

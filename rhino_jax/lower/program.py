@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rhino_jax import compat
 from rhino_jax.errors import OptionsError
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.layout import Dim, Layout
@@ -90,7 +91,8 @@ def as_function(
             planned = program.values[value]
             if planned.shape != x.shape or planned.dtype != str(x.dtype):
                 raise SignatureChanged
-        return inner(*args)
+        with compat.under_mesh(jax_mesh):
+            return inner(*args)
 
     step.__name__ = program.name
     return step

@@ -14,7 +14,12 @@ from rhino_jax.rules.notation import RuleFn
 from rhino_jax.rules.shape import optimization_barrier
 
 CONSTRAINTS = frozenset(("sharding_constraint", "reshard"))
-"""Primitives whose parameter ``spec`` is what the user asks for."""
+"""Primitives whose parameter ``spec`` is what the user asks for, on a mesh of ``axes``
+(:data:`rhino_jax.rules.manual.AXES`)."""
+
+
+OPEN = ("*",)
+"""What stands in ``spec`` for a dimension that the user leaves open."""
 
 
 def _identity(op: Op, reads: Sequence[Value], makes: Sequence[Value]) -> Rule:

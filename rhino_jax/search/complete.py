@@ -23,7 +23,7 @@ from rhino_jax.ir.steps import Move
 from rhino_jax.rules import note_of, rule_of
 from rhino_jax.search.follow import choose, rows_over
 from rhino_jax.search.hints import backward_hints, pulled, rows_of_slices
-from rhino_jax.search.specs import pin_of, spec_layout
+from rhino_jax.search.specs import pin_of, spec_beside
 from rhino_jax.search.state import Marks, State
 
 
@@ -164,7 +164,7 @@ class _Run:
         after = []
         for value, layout in zip(op.results, given, strict=True):
             self.state.put(value, layout)
-            pin = self._pin(op, value)
+            pin = self._pin(op, value, layout)
             if pin is not None:
                 if pin != layout:
                     after.append(self.state.settle(value, pin))
@@ -172,11 +172,11 @@ class _Run:
                 after.append(self.state.settle(value, self._settled_goal(value)))
         return replace(plan, before=tuple(before), after=tuple(after))
 
-    def _pin(self, op: Op, value: int) -> Layout | None:
-        """The layout that the user fixed for what an op gives."""
+    def _pin(self, op: Op, value: int, here: Layout) -> Layout | None:
+        """The layout that the user fixed for what an op gives, if it lies ``here``."""
         shape, mesh = self.program.values[value].shape, self.request.mesh
         spec = pin_of(op, shape, self.request.named, mesh)
-        return None if spec is None else spec_layout(spec, shape, mesh)
+        return None if spec is None else spec_beside(spec, shape, mesh, here)
 
     def _mark_results(self, op: Op) -> None:
         marks = [self.state.mark(v) for v in op.operands]

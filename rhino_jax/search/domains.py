@@ -15,11 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from rhino_jax.ir.factors import WINDOW, Choice, Rule, choice_problems, layouts
+from rhino_jax.ir.factors import (
+    WINDOW,
+    Choice,
+    Rule,
+    choice_problems,
+    layouts,
+    manual_choice,
+)
 from rhino_jax.ir.layout import Layout, Split, contiguous, local_size, sorted_dim
 from rhino_jax.ir.mesh import STAGE, TORUS, Mesh
 from rhino_jax.ir.staged import Lift
+from rhino_jax.rules.placing import OPEN
 from rhino_jax.search.graph import OUTPUT, READ, STATE, STORED, SUMMED, Graph, Var
 from rhino_jax.search.parts import Name, Part, Parts
 from rhino_jax.search.rows import NO_LIMITS, Limits
@@ -94,6 +103,11 @@ class Kind:
     _known: dict[Slots, Meaning | None] = field(default_factory=dict)
     _domains: dict[Hashable, Domain] = field(default_factory=dict)
 
+    @cached_property
+    def manual(self) -> Choice | None:
+        """The choice that the user has made for an op."""
+        return None if self.rule is None else manual_choice(self.rule, self.mesh)
+
     def around(self, at: Slots, axis: int) -> Domain:
         """The ways to change one axis of ``at``, what stands there first."""
         key = at, axis
@@ -118,6 +132,7 @@ class Kind:
         """The slots of one axis, whatever the others are."""
         if (
             self.fixed is not None
+            or self.manual is not None
             or self.mesh.size(axis) == 1
             or axis in self.limits.barred
         ):
@@ -125,8 +140,11 @@ class Kind:
         found = list(self._splits(axis))
         if self.wanted is not None:
             asked = [d for d, axes in enumerate(self.wanted) if axis in axes]
+            rest = () if asked else (None,)
+            if not asked:
+                asked = [d for d, axes in enumerate(self.wanted) if axes == OPEN]
             found = [s for s in found if s and self._dim_of(s[1]) in asked]
-            return tuple(found) or (None,)
+            return (*rest, *found) or (None,)
         if self.rule is not None:
             count = 0 if self.settled else len(self.rule.flows)
             flows: Iterator[Slot] = ((FLOW, n, NO_PART) for n in range(count))
@@ -180,6 +198,8 @@ class Kind:
     def _meaning(self, slots: Slots) -> Meaning | None:
         if self.fixed is not None:
             return Meaning(None, (self.fixed,), (self.fixed,))
+        if self.rule is not None and self.manual is not None:
+            return Meaning(self.manual, *layouts(self.rule, self.manual))
         digits = self._digits(slots)
         if digits is None:
             return None

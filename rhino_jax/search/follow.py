@@ -11,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from rhino_jax.ir.factors import Choice, Rule, choice_problems, follow, layouts
+from rhino_jax.ir.factors import (
+    Choice,
+    Rule,
+    choice_problems,
+    follow,
+    layouts,
+    manual_choice,
+)
 from rhino_jax.ir.layout import Dim, Layout, Split, contiguous
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op
@@ -68,6 +75,9 @@ def _situation(state: State, op: Op, data_axes: Sequence[str]) -> Hashable:
 
 
 def _decide(state: State, op: Op, rule: Rule, data_axes: Sequence[str]) -> Choice:
+    manual = manual_choice(rule, state.mesh)
+    if manual is not None:
+        return manual
     choice = _rows_kept(state, op, rule)
     for axis in state.mesh.names:
         if state.mesh.size(axis) == 1 or axis in choice.axes:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from rhino_jax.cluster.hardware import TPU
 from rhino_jax.cluster.topology import Cluster
-from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.mesh import Axis, Mesh
 
 NAMES = ("x", "y", "z")
 MOST_AXES = len(NAMES)
@@ -34,6 +34,28 @@ def candidate_meshes(cluster: Cluster, level: int) -> tuple[Mesh, ...]:
     shapes = _torus_shapes(cluster.grid) if torus else _switched_shapes(cluster)
     kept = list(dict.fromkeys(shapes))[: MOST_MESHES[level - 1]]
     return tuple(Mesh.of(**dict(zip(NAMES, shape, strict=False))) for shape in kept)
+
+
+def meshes_around(cluster: Cluster, level: int, inner: Mesh) -> tuple[Mesh, ...]:
+    """Meshes over all devices that end in the axes of ``inner``, which divide them.
+
+    >>> from rhino_jax.cluster.parse import parse_cluster
+    >>> inner = Mesh.of(tensor=4)
+    >>> [str(m) for m in meshes_around(parse_cluster("h100:2x8"), 1, inner)]
+    ['x=4, tensor=4', 'x=2, y=2, tensor=4']
+    """
+    rest = cluster.num_devices // inner.num_devices
+    if rest == 1:
+        return (inner,)
+    free = [name for name in (*NAMES, "u", "v") if name not in inner.names]
+    shapes: list[tuple[int, ...]] = [(rest,)]
+    if len(inner.axes) + 2 <= MOST_AXES:
+        shapes += [(rest // part, part) for part in _parts(rest)]
+    axes = (
+        tuple(Axis(name, size) for name, size in zip(free, shape, strict=False))
+        for shape in shapes[: MOST_MESHES[level - 1]]
+    )
+    return tuple(Mesh((*outer, *inner.axes)) for outer in axes)
 
 
 def _torus_shapes(grid: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from rhino_jax.cost.reshard import route, wire_bytes
-from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
+from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases, whole
 from rhino_jax.ir.factors import Choice, choice_problems
 from rhino_jax.ir.layout import Layout, sorted_dim
 from rhino_jax.ir.mesh import TIME, Axis, Mesh
@@ -23,7 +23,6 @@ from rhino_jax.ir.steps import Move
 from rhino_jax.rules import rule_of
 from rhino_jax.search.subject import Subject
 from rhino_jax.search.timing import Refusal, Timing, closed, timing, waiting
-from rhino_jax.search.turns import whole
 
 __all__ = ["Refusal", "Timing", "microbatched", "rows_together", "timed", "timing"]
 

@@ -17,6 +17,7 @@ from rhino_jax.rules import rule_of
 from rhino_jax.rules.attention import RULES as ATTENTION
 from rhino_jax.rules.attention import shardable
 from rhino_jax.rules.effects import ONCE
+from rhino_jax.rules.manual import MANUAL_AXES, SHARD_MAP
 from rhino_jax.rules.random import is_drawn_whole
 from rhino_jax.search.specs import ignored_constraints
 
@@ -49,7 +50,21 @@ def plan_notes(
         *_within(program, assignment),
         *dict.fromkeys(_remarks(program)),
         *ignored_constraints(program, mesh),
+        *dict.fromkeys(_whole_over(program, mesh)),
     )
+
+
+def _whole_over(program: Program, mesh: Mesh) -> Iterator[str]:
+    """Axes that a ``shard_map`` of the user's does not know of."""
+    for _, op in program.walk():
+        if op.kind == SHARD_MAP:
+            known = op.param[MANUAL_AXES]
+            idle = [a.name for a in mesh.axes if a.size > 1 and a.name not in known]
+            if idle:
+                yield (
+                    f"shard_map at {op.where} is over {', '.join(known)}: done whole "
+                    f"over {', '.join(idle)}"
+                )
 
 
 _Run = tuple[Program, Op, OpPlan, int]

@@ -8,16 +8,31 @@ from rhino_jax.errors import nearest
 from rhino_jax.ir.layout import Layout, contiguous
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program
-from rhino_jax.rules.placing import CONSTRAINTS
+from rhino_jax.rules.placing import CONSTRAINTS, OPEN
 
 Spec = tuple[tuple[str, ...], ...]
-"""Per dimension the axes that split it, outermost first."""
+"""Per dimension the axes that split it, outermost first; or that it is open."""
 
 
 def spec_layout(spec: Spec, shape: Sequence[int], mesh: Mesh) -> Layout:
-    """The layout that a spec means for a value of ``shape``."""
-    dims = [contiguous(n, axes, mesh) for n, axes in zip(shape, spec, strict=False)]
+    """The layout that a spec means for a value of ``shape``; what is open is whole."""
+    dims = [
+        contiguous(n, () if axes == OPEN else axes, mesh)
+        for n, axes in zip(shape, spec, strict=False)
+    ]
     return Layout((*dims, *((),) * (len(shape) - len(dims))))
+
+
+def spec_beside(spec: Spec, shape: Sequence[int], mesh: Mesh, here: Layout) -> Layout:
+    """The same, with the dimensions that are open as they lie ``here``, but over axes
+    that the spec names."""
+    asked = spec_layout(spec, shape, mesh)
+    free = here.without(asked.axes).settled()
+    dims = list(asked.dims)
+    for d, axes in enumerate(spec):
+        if axes == OPEN:
+            dims[d] = free.dims[d]
+    return Layout(tuple(dims))
 
 
 def spec_problems(spec: Spec, shape: Sequence[int], mesh: Mesh) -> list[str]:
@@ -25,6 +40,7 @@ def spec_problems(spec: Spec, shape: Sequence[int], mesh: Mesh) -> list[str]:
     if len(spec) > len(shape):
         return [f"{len(spec)} entries for {len(shape)} dimensions {tuple(shape)}"]
     found = []
+    spec = tuple(() if axes == OPEN else axes for axes in spec)
     names = [axis for axes in spec for axis in axes]
     for axis in names:
         if axis not in mesh.names:
@@ -69,7 +85,7 @@ def ignored_constraints(program: Program, mesh: Mesh) -> list[str]:
             continue
         shape = inner.values[op.results[0]].shape
         wrong = (
-            ["it does not name the axes of every dimension"]
+            ["it names no axes"]
             if op.param["spec"] is None
             else spec_problems(op.param["spec"], shape, mesh)
         )

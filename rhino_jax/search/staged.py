@@ -18,7 +18,7 @@ from rhino_jax.errors import problems
 from rhino_jax.ir.analysis.batch import BatchDims, batch_dims
 from rhino_jax.ir.analysis.digits import Place
 from rhino_jax.ir.analysis.loops import LoopPair, passed
-from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
+from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, whole
 from rhino_jax.ir.layout import Layout, Split
 from rhino_jax.ir.mesh import STAGE, TIME, Axis, Mesh
 from rhino_jax.ir.program import Op, Program, Value
@@ -28,7 +28,7 @@ from rhino_jax.rules import rule_of
 from rhino_jax.search.microbatch import Bodies, Clash
 from rhino_jax.search.remat_scans import layer_scans
 from rhino_jax.search.subject import Subject
-from rhino_jax.search.turns import Demands, Mixed, Walk, whole, whole_layout
+from rhino_jax.search.turns import Demands, Mixed, Walk, whole_layout
 
 
 @dataclass(frozen=True)

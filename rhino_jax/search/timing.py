@@ -20,7 +20,14 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from rhino_jax.errors import problems
-from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, live_ops, phases
+from rhino_jax.ir.assignment import (
+    Assignment,
+    OpPlan,
+    boundary,
+    live_ops,
+    phases,
+    whole,
+)
 from rhino_jax.ir.depends import backward, forward
 from rhino_jax.ir.layout import Layout, Split
 from rhino_jax.ir.mesh import TIME, Axis, Mesh
@@ -33,7 +40,6 @@ from rhino_jax.search.turns import (
     Walk,
     in_time,
     is_split,
-    whole,
     whole_layout,
 )
 

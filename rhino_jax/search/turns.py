@@ -301,16 +301,6 @@ def in_time(plan: OpPlan) -> bool:
     )
 
 
-def whole(program: Program) -> Assignment:
-    """Every value whole over time."""
-
-    def places(values: tuple[int, ...]) -> tuple[Layout, ...]:
-        return tuple(whole_layout(program.values[v]) for v in values)
-
-    plans = tuple(OpPlan(inner=tuple(map(whole, op.programs))) for op in program.ops)
-    return Assignment(places(program.inputs), places(program.outputs), plans)
-
-
 # ---- what is read as rows only is made as rows --------------------------------------
 
 

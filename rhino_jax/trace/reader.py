@@ -23,11 +23,14 @@ from rhino_jax.ir.check import check
 from rhino_jax.ir.program import Op, Plain, Program, Value, Where
 from rhino_jax.rules import RULES
 from rhino_jax.rules.kernels import BLOCKS, KERNEL
-from rhino_jax.rules.placing import CONSTRAINTS
+from rhino_jax.rules.manual import AXES, SHARD_MAP
+from rhino_jax.rules.placing import CONSTRAINTS, OPEN
 from rhino_jax.rules.stated import PARAM
 from rhino_jax.trace.fallback import fallback_rule, registered_rule
 from rhino_jax.trace.hoist import HOIST, Call
 from rhino_jax.trace.kernels import kernel_blocks
+from rhino_jax.trace.manual import manual_params
+from rhino_jax.trace.partitioning import partitioning_rule
 from rhino_jax.trace.pools import without_pads
 from rhino_jax.trace.rewrite import rewritten
 
@@ -143,11 +146,16 @@ class _Reader:
             ins = [read(var) for var in eqn.invars]
             kind = eqn.primitive.name
             own = registered_rule(eqn, self.rules, self._named(eqn))
+            brought = None if own else partitioning_rule(eqn, self._named(eqn))
+            if brought is not None:
+                own = brought, eqn
             if own is not None:
                 call = Call([], ins, _params(eqn, kind, ()) | {PARAM: own[0].plain})
                 outs = self._emit(own[1], kind, call, stack)
             elif (inner := _inner(eqn)) is not None:
                 outs = self._inline(eqn, inner, ins, stack)
+            elif kind == SHARD_MAP:
+                outs = self._manual(eqn, ins, stack)
             else:
                 outs = self._op(eqn, kind, ins, stack)
             env.update(zip(eqn.outvars, outs, strict=True))
@@ -210,12 +218,24 @@ class _Reader:
             call = HOIST[kind](call, hoisted)
         return self._emit(eqn, kind, call, stack)
 
+    def _manual(self, eqn: Any, ins: list[int], stack: str) -> list[int]:
+        """A ``shard_map``: what it holds, read for the shapes of one device."""
+        closed = compat.close(*open_jaxpr(eqn.params["jaxpr"]))
+        local, consts = read_jaxpr(closed, SHARD_MAP, (), self._line(eqn), self.rules)
+        taken = local.inputs[len(local.inputs) - len(consts) :]
+        pairs = zip(taken, consts, strict=True)
+        ins = [*ins, *(self._constant(local.values[v], c) for v, c in pairs)]
+        params = manual_params(eqn, local, len(consts))
+        params["jaxpr"] = plain(eqn.params["jaxpr"])
+        return self._emit(eqn, SHARD_MAP, Call([], ins, params), stack, local)
+
     def _emit(
         self,
         eqn: Any,
         kind: str,
         call: Call,
         stack: str,
+        local: Program | None = None,
     ) -> list[int]:
         outs = [self.builder.value(var.aval) for var in eqn.outvars]
         file, line = self._line(eqn)
@@ -230,6 +250,7 @@ class _Reader:
                 where,
                 eqn,
                 tuple(sorted(type(e).__name__ for e in eqn.effects)),
+                local,
             )
         )
         return outs
@@ -261,7 +282,8 @@ def _params(eqn: Any, kind: str, bodies: Sequence[str]) -> dict[str, Plain]:
     params = dict(plain_params(eqn.params, (*bodies, *_SCAN_TREES)))
     if kind in CONSTRAINTS:
         name = "sharding" if kind == "sharding_constraint" else "dst_sharding"
-        return {"spec": compat.spec_of(eqn.params[name])}
+        asked = eqn.params[name]
+        return {"spec": compat.spec_of(asked, *OPEN), AXES: compat.axes_of(asked)}
     if kind == KERNEL:
         blocks = kernel_blocks(eqn)
         params |= {} if blocks is None else {BLOCKS: blocks}

@@ -12,7 +12,6 @@ from jax.experimental import io_callback
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import rhino_jax as rhino
-from rhino_jax.errors import TraceError
 
 X = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 OPTIONS: dict[str, Any] = {"cache_dir": "", "mesh": {"x": 2, "y": 4}}
@@ -72,6 +71,25 @@ def test_a_sharding_constraint_is_a_pin() -> None:
     assert choice == "o0_1: y/1"
 
 
+def test_what_it_leaves_open_is_searched() -> None:
+    """The rows stay as the batch is split, by a recipe; the columns are as asked."""
+    step = asked((PartitionSpec.UNCONSTRAINED, "y"), ("x", "y"))
+    pins = {"x": PartitionSpec("x")}
+    for more in ({"pins": pins}, {"recipe": "data_parallel", "pins": pins}):
+        run = rhino.auto_parallel(step, **OPTIONS, **more)
+        np.testing.assert_allclose(run(X), jax.jit(step)(X), rtol=1e-5)
+        planned = run.planned(X)
+        assert not planned.plan.notes
+        (index,) = (
+            i
+            for i, op in enumerate(planned.traced.program.ops)
+            if op.kind == "sharding_constraint"
+        )
+        done = planned.plan.assignment.ops[index]
+        after = [str(move.target) for move in done.after]
+        assert str(done.choice) == "o0_0: x/4; o0_1: y/1" or after == ["[x/4,y/1]"]
+
+
 @pytest.mark.parametrize(
     ("axes", "names", "why"),
     [
@@ -86,21 +104,3 @@ def test_one_that_does_not_fit_is_ignored_and_said(
     planned = rhino.plan(step, X, **OPTIONS)
     (note,) = (n for n in planned.plan.notes if n.startswith("sharding constraint"))
     assert why in note and "ignored" in note
-
-
-def test_a_shard_map_is_refused_or_kept_as_it_is() -> None:
-    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-
-    def step(x: Any) -> Any:
-        total = jax.shard_map(
-            lambda x: jax.lax.psum(jnp.sum(x, 0), "x"),
-            mesh=mesh,
-            in_specs=PartitionSpec("x"),
-            out_specs=PartitionSpec(),
-        )(2 * x)
-        return total + 1
-
-    with pytest.raises(TraceError, match=r"test_effects.py:\d+: shard_map"):
-        rhino.plan(step, X, **OPTIONS)
-    run = rhino.auto_parallel(step, lowering="auto", **OPTIONS)
-    np.testing.assert_allclose(run(X), jax.jit(step)(X), rtol=1e-5)

@@ -20,6 +20,7 @@ from rhino_jax.lower.local import (
     indexing,
     kernels,
     linalg,
+    manual,
     placing,
     ragged,
     random,
@@ -43,6 +44,7 @@ FAMILIES: tuple[ModuleType, ...] = (
     random,
     indexing,
     linalg,
+    manual,
     kernels,
     placing,
     effects,
@@ -61,7 +63,9 @@ def _merged() -> Mapping[str, LocalFn]:
 LOCALS: Mapping[str, LocalFn] = _merged()
 
 
-ALWAYS = frozenset((*placing.LOCALS, *effects.LOCALS, *attention.LOCALS))
+ALWAYS = frozenset(
+    name for family in (placing, effects, attention, manual) for name in family.LOCALS
+)
 """Primitives with a form of their own even where nothing is split."""
 
 
