@@ -36,8 +36,8 @@ from rhino_jax.ir.steps import (
 from rhino_jax.rules import rule_of
 
 WORTH = 0.6
-"""Of a collective's seconds, what must be hidden at least: compilers lose more on parts of
-a product than is priced."""
+"""Of a collective's seconds, what must be hidden at least: compilers lose more on
+parts of a product than is priced."""
 
 Version = tuple[int, Layout]
 
