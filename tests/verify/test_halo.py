@@ -39,19 +39,21 @@ def train_step(params: Any, image: jax.Array) -> Any:
     return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), loss
 
 
-def planned() -> rhino.Planned:
+def planned(batch: int = 1) -> rhino.Planned:
+    """As many microbatches as images."""
     sizes = {"first": (7, 16), "second": (3, CHANNELS), "third": (3, CHANNELS)}
     params = {
         name: jax.ShapeDtypeStruct((window, window, channels, CHANNELS), jnp.float32)
         for name, (window, channels) in sizes.items()
     }
-    image = jax.ShapeDtypeStruct((1, IMAGE, IMAGE, 16), jnp.float32)
+    image = jax.ShapeDtypeStruct((batch, IMAGE, IMAGE, 16), jnp.float32)
     return rhino.plan(
         train_step,
         params,
         image,
         cluster=CLUSTER,
         mesh={"rows": 8},
+        microbatches=batch,
         pins={"image": P(None, "rows")},
         cache_dir="",
     )
@@ -69,12 +71,13 @@ EDGES = {
 """Bytes that a device sends: rows of images of 1024, 512 and 256 columns."""
 
 
-def test_the_plan_lists_every_edge() -> None:
-    plan = planned().plan
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_plan_lists_every_edge_of_every_turn(batch: int) -> None:
+    plan = planned(batch).plan
     sent = [c for c in plan.collectives if c.kind == "collective-permute"]
     expected = sorted(size for sizes in EDGES.values() for size in sizes)
     assert sorted(c.wire_bytes for c in sent) == expected
-    assert {(c.axes, c.count) for c in sent} == {(("rows",), 1)}
+    assert {(c.axes, c.count) for c in sent} == {(("rows",), batch)}
 
 
 @pytest.mark.compilers
