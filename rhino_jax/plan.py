@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rhino_jax.cost.handed import handed_on, sent_by, turn_of
+from rhino_jax.cost.handed import handed_on, turn_of
+from rhino_jax.cost.manual import sent_by
 from rhino_jax.errors import PlanFileError, problems
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, trips_of, whole
 from rhino_jax.ir.data import assignment_data, assignment_of
@@ -341,8 +342,7 @@ def op_keys(program: Program) -> Iterator[tuple[str, int]]:
 def collectives(
     program: Program, assignment: Assignment, mesh: Mesh, count: int = 1
 ) -> Iterator[Collective]:
-    """Every collective that the plan writes, loops (over microbatches too) multiplied
-    out.
+    """Every collective that the plan writes, all loops multiplied out.
 
     All branches of a ``cond`` are counted; a ``while`` counts as one trip.
     """
@@ -379,9 +379,10 @@ def _of_op(
     """What an op sends of itself."""
     reads, makes = program.operand_values(op), program.result_values(op)
     rule = rule_of(program, op)
-    around = handed_on(rule, plan.choice, reads, makes, mesh)
-    for one in (*around, *sent_by(op, reads, makes, mesh)):
+    for one in handed_on(rule, plan.choice, reads, makes, mesh):
         yield _written(one.step, one.value, op, count * one.turns)
+    for value, step in sent_by(op, reads, makes, mesh):
+        yield _written(step, value, op, count)
 
 
 def _of_move(

@@ -11,8 +11,8 @@ their ops hand shards, or edges of shards, to other devices while they work.
   dimensions are split the later ones send what came along the earlier: corners.
 
 A ``shard_map`` of the user's holds collectives that nobody has planned
-(:func:`sent_by`). And a product may do a gather or scatter beside it by itself
-(:func:`turn_of`).
+(:mod:`rhino_jax.cost.manual`). And a product may do a gather or scatter beside it by
+itself (:func:`turn_of`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 
 from rhino_jax.cost.halo import edges
 from rhino_jax.cost.instructions import Instruction
-from rhino_jax.cost.reshard import local_bytes, sent_bytes
+from rhino_jax.cost.manual import sent_by
+from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.ir.factors import HANDING, RING, Choice, Factor, Rule, layouts
-from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.program import Op, Value, accumulator_dtype
-from rhino_jax.ir.steps import ALL_GATHER, COLLECTIVES, PERMUTE, Step, named_axes
+from rhino_jax.ir.program import Value, accumulator_dtype
+from rhino_jax.ir.steps import PERMUTE, Step
 
 
 @dataclass(frozen=True)
@@ -85,32 +85,11 @@ def _around(
         yield Handed(value, step, turns)
 
 
-def sent_by(
-    op: Op, reads: Sequence[Value], makes: Sequence[Value], mesh: Mesh
-) -> Iterator[Handed]:
-    """What a collective of the user's own sends; ``mesh`` has all axes that it names.
-
-    What it reads is as one device has it; of what is ragged, all is taken to be sent.
-    """
-    kind = COLLECTIVES.get(op.kind)
-    if kind is None:
-        return
-    axes = mesh.in_order(named_axes(op))
-    groups = op.param.get("axis_index_groups")
-    size = len(groups[0]) if groups else mesh.group_size(axes)
-    for value in makes if kind == ALL_GATHER else reads[:1]:
-        sent = sent_bytes(kind, value.num_bytes, size) if size > 1 else 0
-        if sent:
-            whole = Layout.replicated(len(value.shape))
-            yield Handed(value, Step(kind, axes, whole, whole, sent), 1)
-
-
 def turn_of(step: Step, mesh: Mesh) -> tuple[Step, int]:
     """What a product sends in one turn of a gather or scatter that it does by itself,
     and how many turns that takes: a shard, once for every other device.
 
-    >>> from rhino_jax.ir.layout import Layout
-    >>> rows, mesh = Layout.of([("x", 2)]), Mesh.of(x=4)
+    >>>     >>> rows, mesh = Layout.of([("x", 2)]), Mesh.of(x=4)
     >>> step = Step("all-gather", ("x",), rows, Layout.replicated(1), 24)
     >>> one, turns = turn_of(step, mesh)
     >>> one.kind, one.wire_bytes, turns
@@ -126,4 +105,5 @@ def handed_by(one: Instruction, mesh: Mesh) -> Iterator[Handed]:
         return
     reads, makes = one.program.operand_values(one.op), one.program.result_values(one.op)
     yield from handed_on(one.rule, one.plan.choice, reads, makes, mesh)
-    yield from sent_by(one.op, reads, makes, mesh)
+    for value, step in sent_by(one.op, reads, makes, mesh):
+        yield Handed(value, step, 1)

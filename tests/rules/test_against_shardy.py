@@ -520,6 +520,9 @@ UNASKED = set(
     reshard
     sharding_constraint ffi_call pallas_call platform_index
     dot_product_attention_fwd_wrapper dot_product_attention_bwd_wrapper
+    shard_map psum psum_invariant pmax pmin all_gather all_gather_invariant
+    reduce_scatter all_to_all ragged_all_to_all ppermute axis_index pvary
+    custom_partitioning
     """.split()
 )
 
