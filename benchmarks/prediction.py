@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import kept
+from benchmarks import assigned, kept
 from benchmarks.memory import BATCHES, CLUSTERS, KINDS, Case, cases, predicted
 from rhino_jax.api.cache import sources
 from rhino_jax.errors import RhinoError
@@ -39,8 +39,9 @@ NOTHING = ("false",)
 class Row:
     """One case. Bytes on one device.
 
-    ``compiled_bytes`` is the compiler's peak, ``needed_bytes`` what it sets aside (or
-    said it would need when it refused): gaps between buffers included. Beside them
+    ``compiled_bytes`` is the compiler's peak, ``needed_bytes`` what the device must
+    have (or what it said when it refused): a GPU's gaps between buffers included. TPU
+    programs are compiled as far as that takes (:mod:`benchmarks.assigned`). Beside them
     stand ``predicted_bytes`` and ``aside_bytes``, both of the program as the compiler
     is expected to leave it (:mod:`rhino_jax.cost.compiled`): a GPU's recomputes by
     itself above a limit that is known. ``written_bytes`` is predicted without that.
@@ -94,10 +95,12 @@ def run(case: Case, kept_only: bool, timeout_seconds: float) -> Row | None:
     """Plan, predict and compile one case; None where nothing is kept of it."""
     try:
         found = predicted(case)
-        facts = found.planned.compile_only(
-            timeout_seconds=timeout_seconds,
-            **({"command": NOTHING} if kept_only else {}),
-        )
+        how: dict[str, Any] = {"timeout_seconds": timeout_seconds}
+        if not case.cluster.startswith("h100"):
+            how.update(command=assigned.COMMAND, cache_dir=assigned.KEPT)
+        if kept_only:
+            how.update(command=NOTHING)
+        facts = found.planned.compile_only(**how)
     except RhinoError as error:
         return Row(case.name, f"no plan: {str(error).splitlines()[0]}")
     if kept_only and facts.outcome == "crashed":
@@ -113,9 +116,7 @@ def run(case: Case, kept_only: bool, timeout_seconds: float) -> Row | None:
     refused = facts.out_of_memory
     if not facts.ok and not refused:
         return Row(case.name, f"{facts.outcome}: {facts.message.splitlines()[-1]}")
-    needed = facts.memory.live_bytes if facts.memory else one.compiled_peak_bytes
-    if refused:  # it names temporaries alone
-        needed += found.prediction.memory.input_bytes
+    needed = one.needed_bytes
     return Row(
         case.name,
         "refused for memory" if refused else "ok",
