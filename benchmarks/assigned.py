@@ -36,7 +36,7 @@ _TEMPORARIES = re.compile(r"cc:2537\] allocation \d+: size (\d+), preallocated-t
 _VALUE = re.compile(r"value: (<\d+ .*?>) \(size=(\d+),offset=(\d+)\)")
 _TICK = re.compile(r"heap_simulator.cc:400\] Time step: (\d+)")
 _BORN = re.compile(r"heap_simulator.cc:404\] Start buffer: (<.*>)")
-_FREED = re.compile(r"heap_simulator.cc:498\]   (<.*>)")
+_FREED = re.compile(r"heap_simulator.cc:(?:498\]  |476\] Sharing <.*> with) (<.*>)")
 
 
 def main(folder: Path) -> None:

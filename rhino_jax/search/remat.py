@@ -103,7 +103,8 @@ class _Rewriting:
         needed, barriers = self.again(segment)
         if not needed:
             return
-        place = self._place(segment, {anchor for _, anchor in barriers})
+        made = {v for i in needed for v in self.program.ops[i].results}
+        place = self._place(segment, made | {anchor for _, anchor in barriers})
         renamed: dict[int, int] = {}
         handed_on = self._handed_on(segment, place)
         ops = [
@@ -112,7 +113,6 @@ class _Rewriting:
         ]
         ops += [self._copy(i, renamed) for i in needed]
         self.before.setdefault(place, []).extend(ops)
-        made = {v for i in needed for v in self.program.ops[i].results}
         for index in segment.backward:
             reads = made.intersection(self.program.ops[index].operands)
             if reads:
@@ -168,15 +168,16 @@ class _Rewriting:
                         return v
         return None
 
-    def _place(self, segment: Segment, anchors: Collection[int]) -> int:
-        """Where the backward half begins to read the cotangents that enter it.
+    def _place(self, segment: Segment, awaited: set[int]) -> int:
+        """Where the backward half begins to read what is ``awaited``: cotangents that
+        enter it, and copies.
 
         Before that it may finish a term that the layer behind began.
         """
         return next(
             i
             for i in segment.backward
-            if not anchors.isdisjoint(self.program.ops[i].operands)
+            if not awaited.isdisjoint(self.program.ops[i].operands)
         )
 
     def _handed_on(self, segment: Segment, place: int) -> dict[int, None]:

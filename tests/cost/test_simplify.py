@@ -17,7 +17,7 @@ from rhino_jax.cost.habits import HABITS, Habits
 from rhino_jax.cost.instructions import PLACES
 from rhino_jax.cost.memory import Held, memory
 from rhino_jax.cost.order import gradients_at_end, kept_at_end, side_inputs
-from rhino_jax.cost.tiles import flat_bytes, tiled_bytes
+from rhino_jax.cost.tiles import Use, flat_bytes, tiled_bytes
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.steps import ALL_REDUCE
 from rhino_jax.rules import rule_of
@@ -131,12 +131,12 @@ def test_a_loop_s_stored_products_wait_for_its_end() -> None:
 def test_tiles_hold_the_array_and_waste_less_than_a_tile_a_row(
     shape: list[int], item_bytes: int
 ) -> None:
-    flat = flat_bytes(tuple(shape), item_bytes, False)
-    for of_window in (False, True):
-        assert tiled_bytes(tuple(shape), item_bytes, of_window) >= flat
+    flat = flat_bytes(tuple(shape), item_bytes, Use.PLAIN)
+    for use in Use:
+        assert tiled_bytes(tuple(shape), item_bytes, use) >= flat
     # A convolution may choose among more orders: never worse.
-    free = tiled_bytes(tuple(shape), item_bytes, True)
-    assert free <= tiled_bytes(tuple(shape), item_bytes, False)
+    free = tiled_bytes(tuple(shape), item_bytes, Use.WINDOW)
+    assert free <= tiled_bytes(tuple(shape), item_bytes, Use.PLAIN)
     full = (*(128 * n for n in shape), 128, 128)
     assert tiled_bytes(full, item_bytes) == math.prod(full) * item_bytes
 
