@@ -109,7 +109,7 @@ def assigned(log: list[str]) -> CompiledMemory:
 
 
 def _stays(log: list[str], heap: int) -> Iterator[tuple[int, int, int, int]]:
-    """First and last tick, begin and end of every value in the heap at line ``heap``."""
+    """First and last tick, begin and end of every value in the heap (at a line)."""
     tick, born, freed = 0, dict[str, int](), dict[str, int]()
     for line in log[:heap]:  # of several simulations the last is this heap's
         if found := _TICK.search(line):

@@ -48,7 +48,7 @@ from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
 from rhino_jax.ir.program import WAITS, Op, Program, accumulator_dtype, itemsize
-from rhino_jax.ir.steps import Move
+from rhino_jax.ir.steps import ALL_TO_ALL, Move
 
 __all__ = [
     "ACCUMULATE",
@@ -291,6 +291,11 @@ class Unfolding:
             after = self.new(frame.program, move.value, step.target)
             role = ROLES.get(step.kind, OPAQUE)
             pairs = ((now, after),) if step.kind in OVERWRITES else ()
+            value = frame.program.values[move.value]
+            scratch = 0
+            if step.kind == ALL_TO_ALL and self.habits.size is not flat_bytes:
+                # It goes through row-major copies, however short their rows.
+                scratch = self.size(value.shape, value.dtype, step.source, Use.ROWS)
             self.emit(
                 Instruction(
                     step.kind,
@@ -302,6 +307,7 @@ class Unfolding:
                     op,
                     step=step,
                     overwrites=pairs,
+                    workspace_bytes=scratch,
                 )
             )
             now = after

@@ -46,9 +46,7 @@ def flat_bytes(shape: tuple[int, ...], item_bytes: float, use: Use) -> int:
 
 
 @lru_cache(maxsize=100_000)
-def tiled_bytes(
-    shape: tuple[int, ...], item_bytes: float, use: Use = Use.PLAIN
-) -> int:
+def tiled_bytes(shape: tuple[int, ...], item_bytes: float, use: Use = Use.PLAIN) -> int:
     """In a TPU's tiles, under the order of dimensions that wastes least.
 
     Of three dimensions and more the first, a batch, is left outside, unless a

@@ -98,11 +98,13 @@ class Witness:
     def needed_bytes(self) -> int:
         """What the device must have for it, gaps between buffers included.
 
-        A TPU compiler's temporaries tell this not: they are placed widely where there
-        is room, and its gaps are counted twice; its refusals name all that is needed.
-        A GPU compiler's refusals name temporaries alone.
+        Not what a TPU compiler gives as temporaries: it places them widely where there
+        is room, and counts gaps twice. Its refusals name all that is needed, a GPU
+        compiler's temporaries alone.
         """
-        if self.platform == "tpu" or not (self.facts.memory or self.facts.out_of_memory):
+        if self.platform == "tpu" or not (
+            self.facts.memory or self.facts.out_of_memory
+        ):
             return self.compiled_peak_bytes
         if self.facts.memory is not None:
             return self.facts.memory.live_bytes
