@@ -82,7 +82,7 @@ def assigned(log: list[str]) -> CompiledMemory:
 
     ``peak_bytes`` are the bytes of the heap that are taken at once, beside arguments
     and results; ``temp_bytes`` is the whole heap: wide where there is room (a fast
-    placement goes first, and is kept if it leaves 16 % of the memory free).
+    placement goes first, and is kept if it leaves 2.5 GiB free).
     """
     start = next(i for i, x in enumerate(log) if "Assigning buffers to module" in x)
     log = log[start:]
