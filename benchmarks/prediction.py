@@ -147,12 +147,7 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
         *((f"on {name}", [r for r in good if name in r.name]) for name in CLUSTERS),
     ):
         if some:
-            errors = sorted(row.error for row in some)
-            yield (
-                f"{what}: {len(some)} cases, median error "
-                f"{statistics.median(errors):.1%}, nine in ten within "
-                f"{errors[-(-9 * len(errors) // 10) - 1]:.1%}, largest {errors[-1]:.1%}"
-            )
+            yield f"{what}: {len(some)} cases, {_errors(some)}; {_verdicts(some)}"
     if good:
         errors = sorted(abs(row.aside_ratio - 1) for row in good)
         yield (
@@ -162,16 +157,14 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
             f"{statistics.median(r.written_bytes / r.needed_bytes for r in good):.3f} "
             "of it, as it is written"
         )
-    verdicts = [verdict for row in good for verdict in near(row)]
-    if verdicts:
-        right = sum(told == true for told, _, true in verdicts)
-        wrong = sum(safe and not true for _, safe, true in verdicts)
         yield (
-            "verdict (predicted and compiled, what is set aside) on devices "
-            f"{NEAR[0]:.0%} to {NEAR[-1]:.0%} full: {right} of "
-            f"{len(verdicts)} right ({right / len(verdicts):.1%}); with a margin of "
-            f'{MARGIN:.0%}, {wrong} times "fits" where it does not'
+            "verdict: predicted and compiled, what is set aside, on devices "
+            f"{NEAR[0]:.0%} to {NEAR[-1]:.0%} full ({len(NEAR)} a case); with a margin "
+            f'of {MARGIN:.0%} it is never to say "fits" where it does not. It did for:'
         )
+        for row in good:
+            if wrong := sum(safe and not true for _, safe, true in near(row)):
+                yield f"  {row.name}: {wrong}, predicted {row.aside_ratio:.3f} of it"
     wire = [axis for row in good for axis in row.judged_wire]
     if wire:
         close = sum(abs(ratio - 1) <= WIRE_TOLERANCE for *_, ratio in wire)
@@ -186,6 +179,24 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
                     f"  {row.name}: {axes} {planned:,} planned, {compiled:,} compiled "
                     f"({ratio:.3f}){'; ' + row.extra[0] if row.extra else ''}"
                 )
+
+
+def _errors(rows: list[Row]) -> str:
+    errors = sorted(row.error for row in rows)
+    return (
+        f"median error {statistics.median(errors):.1%}, nine in ten within "
+        f"{errors[-(-9 * len(errors) // 10) - 1]:.1%}, largest {errors[-1]:.1%}"
+    )
+
+
+def _verdicts(rows: list[Row]) -> str:
+    verdicts = [verdict for row in rows for verdict in near(row)]
+    right = sum(told == true for told, _, true in verdicts)
+    wrong = sum(safe and not true for _, safe, true in verdicts)
+    return (
+        f"verdicts {right} of {len(verdicts)} right ({right / len(verdicts):.1%}), "
+        f"{wrong} unsafe"
+    )
 
 
 def near(row: Row) -> Iterator[tuple[bool, bool, bool]]:
