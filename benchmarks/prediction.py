@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import kept
+from benchmarks import assigned, kept
 from benchmarks.memory import BATCHES, CLUSTERS, KINDS, Case, cases, predicted
 from rhino_jax.api.cache import sources
 from rhino_jax.errors import RhinoError
@@ -39,8 +39,9 @@ NOTHING = ("false",)
 class Row:
     """One case. Bytes on one device.
 
-    ``compiled_bytes`` is the compiler's peak, ``needed_bytes`` what it sets aside (or
-    said it would need when it refused): gaps between buffers included. Beside them
+    ``compiled_bytes`` is the compiler's peak, ``needed_bytes`` what the device must
+    have (or what it said when it refused): a GPU's gaps between buffers included. TPU
+    programs are compiled as far as that takes (:mod:`benchmarks.assigned`). Beside them
     stand ``predicted_bytes`` and ``aside_bytes``, both of the program as the compiler
     is expected to leave it (:mod:`rhino_jax.cost.compiled`): a GPU's recomputes by
     itself above a limit that is known. ``written_bytes`` is predicted without that.
@@ -94,10 +95,12 @@ def run(case: Case, kept_only: bool, timeout_seconds: float) -> Row | None:
     """Plan, predict and compile one case; None where nothing is kept of it."""
     try:
         found = predicted(case)
-        facts = found.planned.compile_only(
-            timeout_seconds=timeout_seconds,
-            **({"command": NOTHING} if kept_only else {}),
-        )
+        how: dict[str, Any] = {"timeout_seconds": timeout_seconds}
+        if not case.cluster.startswith("h100"):
+            how.update(command=assigned.COMMAND, cache_dir=assigned.KEPT)
+        if kept_only:
+            how.update(command=NOTHING)
+        facts = found.planned.compile_only(**how)
     except RhinoError as error:
         return Row(case.name, f"no plan: {str(error).splitlines()[0]}")
     if kept_only and facts.outcome == "crashed":
@@ -113,9 +116,7 @@ def run(case: Case, kept_only: bool, timeout_seconds: float) -> Row | None:
     refused = facts.out_of_memory
     if not facts.ok and not refused:
         return Row(case.name, f"{facts.outcome}: {facts.message.splitlines()[-1]}")
-    needed = facts.memory.live_bytes if facts.memory else one.compiled_peak_bytes
-    if refused:  # it names temporaries alone
-        needed += found.prediction.memory.input_bytes
+    needed = one.needed_bytes
     return Row(
         case.name,
         "refused for memory" if refused else "ok",
@@ -146,12 +147,7 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
         *((f"on {name}", [r for r in good if name in r.name]) for name in CLUSTERS),
     ):
         if some:
-            errors = sorted(row.error for row in some)
-            yield (
-                f"{what}: {len(some)} cases, median error "
-                f"{statistics.median(errors):.1%}, nine in ten within "
-                f"{errors[-(-9 * len(errors) // 10) - 1]:.1%}, largest {errors[-1]:.1%}"
-            )
+            yield f"{what}: {len(some)} cases, {_errors(some)}; {_verdicts(some)}"
     if good:
         errors = sorted(abs(row.aside_ratio - 1) for row in good)
         yield (
@@ -161,16 +157,14 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
             f"{statistics.median(r.written_bytes / r.needed_bytes for r in good):.3f} "
             "of it, as it is written"
         )
-    verdicts = [verdict for row in good for verdict in near(row)]
-    if verdicts:
-        right = sum(told == true for told, _, true in verdicts)
-        wrong = sum(safe and not true for _, safe, true in verdicts)
         yield (
-            "verdict (predicted and compiled, what is set aside) on devices "
-            f"{NEAR[0]:.0%} to {NEAR[-1]:.0%} full: {right} of "
-            f"{len(verdicts)} right ({right / len(verdicts):.1%}); with a margin of "
-            f'{MARGIN:.0%}, {wrong} times "fits" where it does not'
+            "verdict: predicted and compiled, what is set aside, on devices "
+            f"{NEAR[0]:.0%} to {NEAR[-1]:.0%} full ({len(NEAR)} a case); with a margin "
+            f'of {MARGIN:.0%} it is never to say "fits" where it does not. It did for:'
         )
+        for row in good:
+            if wrong := sum(safe and not true for _, safe, true in near(row)):
+                yield f"  {row.name}: {wrong}, predicted {row.aside_ratio:.3f} of it"
     wire = [axis for row in good for axis in row.judged_wire]
     if wire:
         close = sum(abs(ratio - 1) <= WIRE_TOLERANCE for *_, ratio in wire)
@@ -185,6 +179,24 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
                     f"  {row.name}: {axes} {planned:,} planned, {compiled:,} compiled "
                     f"({ratio:.3f}){'; ' + row.extra[0] if row.extra else ''}"
                 )
+
+
+def _errors(rows: list[Row]) -> str:
+    errors = sorted(row.error for row in rows)
+    return (
+        f"median error {statistics.median(errors):.1%}, nine in ten within "
+        f"{errors[-(-9 * len(errors) // 10) - 1]:.1%}, largest {errors[-1]:.1%}"
+    )
+
+
+def _verdicts(rows: list[Row]) -> str:
+    verdicts = [verdict for row in rows for verdict in near(row)]
+    right = sum(told == true for told, _, true in verdicts)
+    wrong = sum(safe and not true for _, safe, true in verdicts)
+    return (
+        f"verdicts {right} of {len(verdicts)} right ({right / len(verdicts):.1%}), "
+        f"{wrong} unsafe"
+    )
 
 
 def near(row: Row) -> Iterator[tuple[bool, bool, bool]]:

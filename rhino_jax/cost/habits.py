@@ -29,6 +29,7 @@ class Habits:
         dear: kinds of ops that are written rather than made twice.
         scatters_windows: the gradient of a max pooling is a scatter to the places of
             the maxima, which stand as 32-bit indices.
+        adds_whole: what is added to a product is written whole, broadcasts too.
         recomputes: where more stands than the second share of what inputs and outputs
             leave of the first share of the device's memory, the compiler recomputes;
             () is never.
@@ -45,6 +46,7 @@ class Habits:
     products_fuse: bool = False
     dear: frozenset[str] = DEAR
     scatters_windows: bool = False
+    adds_whole: bool = False
     recomputes: tuple[float, ...] = ()
     size: Size = flat_bytes
     lane_bytes: int = 0
@@ -72,6 +74,7 @@ _GPU = Habits(
     stores_last=True,
     peels=True,
     scatters_windows=True,
+    adds_whole=True,
     recomputes=(0.80, 0.95),
 )
 HABITS: Mapping[str, Habits] = {

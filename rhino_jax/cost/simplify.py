@@ -9,15 +9,22 @@ place of every window's maximum, in 32-bit numbers, one for each dimension, besi
 maximum in float32, and scatters there, into zeros. What is pooled is written, and the
 zeros with it (they are as large: one kernel makes both), so both stand from the forward
 to the backward pass.
+
+**What is added to a product.** cuBLAS adds a whole matrix as it multiplies
+(``beta = 1``): a mask or bias for all examples is written, and as equal computations
+are one, it stands from the first layer that adds it to the last.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 from rhino_jax.cost.habits import Habits
 from rhino_jax.cost.instructions import (
     ADDS,
+    FUSED,
     OPAQUE,
     PLACES,
     ZEROS,
@@ -34,6 +41,8 @@ WINDOW_GRADIENT = "select_and_scatter_add"
 def simplified(unfolded: Unfolded, habits: Habits) -> Unfolded:
     """``unfolded`` as a compiler has it. Linear in its instructions."""
     unfolded = replace(unfolded, instructions=_scattered_into(unfolded))
+    if habits.adds_whole:
+        unfolded = _with_addends(unfolded)
     return _with_places(unfolded) if habits.scatters_windows else unfolded
 
 
@@ -73,6 +82,52 @@ def _zeros(unfolded: Unfolded, buffer: int) -> bool:
         at = unfolded.writer[unfolded.instructions[at].reads[0]]
     value = unfolded.instructions[at].constant if at >= 0 else None
     return value is not None and not value
+
+
+def _with_addends(unfolded: Unfolded) -> Unfolded:
+    first: dict[object, int] = {}
+    stands_for: dict[int, int] = {}
+    for index, one in enumerate(unfolded.instructions):
+        for addend in _addends(unfolded, index) if one.kind in ADDS else ():
+            computed = _computed(unfolded, addend)
+            stands_for[addend] = first.setdefault(computed, addend)
+    if not stands_for:
+        return unfolded
+    instructions = tuple(
+        replace(x, reads=tuple(dict.fromkeys(stands_for.get(b, b) for b in x.reads)))
+        for x in unfolded.instructions
+    )
+    pinned = (*unfolded.pinned, *first.values())
+    return replace(unfolded, instructions=instructions, pinned=pinned)
+
+
+def _addends(unfolded: Unfolded, index: int) -> Iterator[int]:
+    """What an addition computes to add to a product that nothing else reads."""
+    reads = unfolded.instructions[index].reads
+    for product, other in itertools.permutations(reads, 2):
+        at, beside = unfolded.writer[product], unfolded.writer[other]
+        if (
+            min(at, beside) >= 0
+            and unfolded.instructions[at].kind == "dot_general"
+            and unfolded.readers[product] == (index,)
+            and unfolded.instructions[beside].role == FUSED
+            and unfolded.readers[other] == (index,)
+            and unfolded.buffers[product].num_bytes == unfolded.buffers[other].num_bytes
+        ):
+            yield other
+
+
+def _computed(unfolded: Unfolded, buffer: int, depth: int = 8) -> object:
+    """What a buffer holds, as a value that is equal for equal computations."""
+    at = unfolded.writer[buffer]
+    one = unfolded.instructions[at] if at >= 0 else None
+    if one is None:
+        held = unfolded.buffers[buffer]
+        return buffer if held.num_bytes else held.name
+    if one.role != FUSED or one.op is None or one.step is not None or not depth:
+        return buffer
+    reads = tuple(_computed(unfolded, b, depth - 1) for b in one.reads)
+    return one.kind, one.writes.index(buffer), str(one.op.params), reads
 
 
 def _with_places(unfolded: Unfolded) -> Unfolded:

@@ -128,7 +128,7 @@ def _memory(found: Witness) -> str:
             _beside(
                 "set aside, gaps between buffers included",
                 expected.needed_bytes,
-                theirs.live_bytes,
+                found.needed_bytes,
             ),
             ("the program itself", "", theirs.generated_code_bytes, ""),
         ]

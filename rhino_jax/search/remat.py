@@ -5,9 +5,10 @@ stands a copy of the forward ops that the backward half needs, made from the ent
 the parameters; the backward half reads the copies. The entry passes a ``rematerialize``
 op, which waits for the cotangent that enters the layer's backward half (its ``waits``):
 without it compilers would see that the copies compute what is known already, or compute
-them long before they are needed. It waits for the gradients of the layer behind, too:
-left alone, compilers compute those of all layers at the end, and keep every copy until
-then.
+them long before they are needed. It waits for all that the layer behind hands on, too:
+its gradients, and its terms of gradients that several layers add to (a tied embedding,
+a position bias). Left alone, compilers compute those of all layers at the end, and keep
+what they are made of until then.
 
 The search and the recipes plan the new Program like any other. Scanned layers are
 recomputed turn by turn (:mod:`rhino_jax.search.remat_scans`); no loop over layers is
@@ -102,16 +103,16 @@ class _Rewriting:
         needed, barriers = self.again(segment)
         if not needed:
             return
-        place = segment.backward[0]
+        made = {v for i in needed for v in self.program.ops[i].results}
+        place = self._place(segment, made | {anchor for _, anchor in barriers})
         renamed: dict[int, int] = {}
-        gradients = self._gradients(segment.index + 1, place)
+        handed_on = self._handed_on(segment, place)
         ops = [
-            self._barrier(v, (anchor, *gradients), place, renamed)
+            self._barrier(v, tuple({anchor: 0, **handed_on}), place, renamed)
             for v, anchor in barriers
         ]
         ops += [self._copy(i, renamed) for i in needed]
         self.before.setdefault(place, []).extend(ops)
-        made = {v for i in needed for v in self.program.ops[i].results}
         for index in segment.backward:
             reads = made.intersection(self.program.ops[index].operands)
             if reads:
@@ -167,17 +168,29 @@ class _Rewriting:
                         return v
         return None
 
-    def _gradients(self, index: int, place: int) -> tuple[int, ...]:
-        """What a segment's backward half gives to the epilogue before ``place``."""
-        if index >= len(self.divided.segments):
-            return ()
-        return tuple(
-            v
-            for i in self.divided.segments[index].backward
-            if i < place
-            for v in self.program.ops[i].results
-            if any(self.regions.of[j] == EPILOGUE for j in self.program.uses.get(v, ()))
+    def _place(self, segment: Segment, awaited: set[int]) -> int:
+        """Where the backward half begins to read what is ``awaited``: cotangents that
+        enter it, and copies.
+
+        Before that it may finish a term that the layer behind began.
+        """
+        return next(
+            i
+            for i in segment.backward
+            if not awaited.isdisjoint(self.program.ops[i].operands)
         )
+
+    def _handed_on(self, segment: Segment, place: int) -> dict[int, None]:
+        """What backward halves from the layer behind up to ``place`` give to later ops
+        and to the epilogue."""
+        found: dict[int, None] = {}
+        segments = self.divided.segments[segment.index : segment.index + 2]
+        for i in sorted(i for one in segments for i in one.backward if i < place):
+            for v in self.program.ops[i].results:
+                uses = self.program.uses.get(v, ())
+                if any(j >= place or self.regions.of[j] == EPILOGUE for j in uses):
+                    found[v] = None
+        return found
 
     def _new(self, like: int) -> int:
         value = replace(self.program.values[like], name="")

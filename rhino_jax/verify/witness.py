@@ -95,6 +95,22 @@ class Witness:
         return refused.needed_bytes if refused else 0
 
     @property
+    def needed_bytes(self) -> int:
+        """What the device must have for it, gaps between buffers included.
+
+        Not what a TPU compiler gives as temporaries: it places them widely where there
+        is room, and counts gaps twice. Its refusals name all that is needed, a GPU
+        compiler's temporaries alone.
+        """
+        if self.platform == "tpu" or not (
+            self.facts.memory or self.facts.out_of_memory
+        ):
+            return self.compiled_peak_bytes
+        if self.facts.memory is not None:
+            return self.facts.memory.live_bytes
+        return self.compiled_peak_bytes + self.prediction.memory.input_bytes
+
+    @property
     def predicted_fits(self) -> bool:
         return self.prediction.peak_bytes <= self.limit_bytes
 
@@ -102,7 +118,7 @@ class Witness:
     def fits(self) -> bool | None:
         """Whether it does, by the compiler's word; None where there is none."""
         if self.facts.memory is not None:
-            return self.facts.memory.live_bytes <= self.prediction.device_bytes
+            return self.needed_bytes <= self.prediction.device_bytes
         return False if self.facts.out_of_memory else None
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import signal
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from rhino_jax.api.planned import Planned
 from rhino_jax.api.verified import Verified
 from rhino_jax.errors import VerifyError
 from rhino_jax.verify.compile_only import installed
+from rhino_jax.verify.facts import CompiledFacts, CompiledMemory, OutOfMemory
+from rhino_jax.verify.witness import Witness
 from tests.api.test_api import make_batch, train_step
 
 
@@ -158,3 +161,21 @@ def test_the_real_compilers_bear_witness(cluster: str) -> None:
     found = planned(cluster).verify(cache_dir=None)
     assert not found.missing and found.fits, str(found)
     assert "the compiler's estimate: " in str(found)
+
+
+@pytest.mark.parametrize(
+    ("target", "gaps", "arguments"), [("v5e:2x4", 0, 0), ("h100:1x8", 1, 1)]
+)
+def test_what_a_device_must_have(target: str, gaps: int, arguments: int) -> None:
+    """A TPU compiler's temporaries are not what is needed, its refusals are."""
+    memory = CompiledMemory(100, 100, 100, 70, 0, 150)
+    refusal = OutOfMemory(500, 400)
+    prediction = planned("cpu:8").prediction()
+    facts = CompiledFacts("ok", target, 8, "", "", memory=memory)
+    accepted = Witness(facts, prediction, None, 0, "")
+    refused = replace(
+        accepted, facts=replace(facts, memory=None, out_of_memory=refusal)
+    )
+    assert accepted.needed_bytes == 150 + 20 * gaps and accepted.fits
+    extra = arguments * prediction.memory.input_bytes
+    assert refused.needed_bytes == 500 + extra and refused.fits is False
