@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from rhino_jax.cost.accumulation import accumulated
 from rhino_jax.cost.habits import PLAIN, Habits
 from rhino_jax.cost.halo import extended_bytes
 from rhino_jax.cost.instructions import (
@@ -45,10 +46,10 @@ from rhino_jax.cost.tiles import (
     stored_bytes,
     window_shapes,
 )
-from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases, whole
+from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, phases, whole
 from rhino_jax.ir.layout import Layout
-from rhino_jax.ir.mesh import TIME, Mesh
-from rhino_jax.ir.program import WAITS, Op, Program, accumulator_dtype, itemsize
+from rhino_jax.ir.mesh import Mesh
+from rhino_jax.ir.program import WAITS, Op, Program, itemsize
 from rhino_jax.ir.steps import ALL_GATHER, ALL_TO_ALL, PASSED, Move
 
 __all__ = [
@@ -119,7 +120,7 @@ def _donations(
 
 
 @dataclass
-class _Frame:
+class Frame:
     """The versions of the values of one Program while it is unfolded."""
 
     work: Unfolding
@@ -156,10 +157,10 @@ class Unfolding:
     outer: int | None = None
     """The op of the outermost Program that a remat body belongs to."""
 
-    def enter(self, program: Program, assignment: Assignment) -> _Frame:
+    def enter(self, program: Program, assignment: Assignment) -> Frame:
         assert len(program.ops) == len(assignment.ops), "an assignment of other ops"
         self.windows |= window_shapes(program)
-        return _Frame(self, program)
+        return Frame(self, program)
 
     def new(self, program: Program, value: int, layout: Layout) -> int:
         v = program.values[value]
@@ -185,9 +186,7 @@ class Unfolding:
     def emit(self, instruction: Instruction) -> None:
         self.instructions.append(instruction)
 
-    def ops(
-        self, frame: _Frame, assignment: Assignment, indices: Iterable[int]
-    ) -> None:
+    def ops(self, frame: Frame, assignment: Assignment, indices: Iterable[int]) -> None:
         for index in indices:
             op, plan = frame.program.ops[index], assignment.ops[index]
             place = index if self.outer is None else self.outer
@@ -197,13 +196,13 @@ class Unfolding:
             for move in plan.after:
                 self.move(frame, move, place, op)
 
-    def run(self, frame: _Frame, assignment: Assignment) -> tuple[int, ...]:
+    def run(self, frame: Frame, assignment: Assignment) -> tuple[int, ...]:
         program, loop = frame.program, assignment.loop
         outermost = self.outer is None
         if loop:
             before, _, after = phases(program, loop.ops)
             self.ops(frame, assignment, before)
-            self.accumulate(frame, assignment, loop)
+            accumulated(self, frame, assignment, loop)
             self.ops(frame, assignment, after)
         else:
             self.ops(frame, assignment, range(len(program.ops)))
@@ -216,78 +215,7 @@ class Unfolding:
             for v, layout in zip(program.outputs, assignment.outputs, strict=True)
         )
 
-    def accumulate(self, frame: _Frame, assignment: Assignment, loop: Loop) -> None:
-        """The loop over microbatches, and the moves with which values leave it."""
-        program, place = frame.program, loop.ops[0]
-        leaving = [m for m in loop.leave if TIME in m.source.axes or not m.steps]
-        sums = [m for m in leaving if m.source.operator(TIME)]
-        body, used = _turn(self, frame, assignment, loop, leaving)
-        reads = [
-            frame.versions[v][layout]
-            for at, (v, layout) in zip(body.inputs, used, strict=False)
-            if body.readers[at] or at in body.outputs
-        ]
-        pairs = []
-        for move in leaving:
-            made = self.total(program, move, loop.trips)
-            if move in sums:
-                start = self.total(program, move, loop.trips)
-                self.emit(
-                    Instruction("broadcast_in_dim", FUSED, (), (start,), program, place)
-                )
-                pairs.append((start, made))
-            frame.put(move.value, move.target, made)
-        starts = tuple(start for start, _ in pairs)
-        self.emit(
-            Instruction(
-                ACCUMULATE,
-                OPAQUE,
-                tuple(dict.fromkeys((*reads, *starts))),
-                tuple(frame.versions[m.value][m.target] for m in leaving),
-                program,
-                place,
-                bodies=(body,),
-                trips=loop.trips,
-                overwrites=tuple(pairs),
-            )
-        )
-        for move in leaving:
-            self.narrow(frame, move, place)
-        for move in loop.leave:
-            if move not in leaving:
-                made_by = program.ops[program.producer[move.value]]
-                self.move(frame, move, place, made_by)
-
-    def total(self, program: Program, move: Move, trips: int) -> int:
-        """A buffer for what the loop gives: an accumulator, or all turns' rows."""
-        value = program.values[move.value]
-        if move.source.operator(TIME):
-            dtype = accumulator_dtype(value.dtype)
-            size = self.size(value.shape, dtype, move.source)
-        else:
-            size = trips * self.size(value.shape, value.dtype, move.source)
-        self.buffers.append(Buffer(move.value, size, value.name or f"%{move.value}"))
-        return len(self.buffers) - 1
-
-    def narrow(self, frame: _Frame, move: Move, place: int) -> None:
-        """A total in the value's own dtype again."""
-        value = frame.program.values[move.value]
-        if move.source.operator(TIME) and accumulator_dtype(value.dtype) != value.dtype:
-            total = frame.get(move.value, move.target)
-            own = self.new(frame.program, move.value, move.target)
-            self.emit(
-                Instruction(
-                    "convert_element_type",
-                    FUSED,
-                    (total,),
-                    (own,),
-                    frame.program,
-                    place,
-                )
-            )
-            frame.put(move.value, move.target, own)
-
-    def move(self, frame: _Frame, move: Move, place: int, op: Op | None) -> None:
+    def move(self, frame: Frame, move: Move, place: int, op: Op | None) -> None:
         now = frame.get(move.value, move.source)
         if move.again:
             self.pinned[now] = None
@@ -324,7 +252,7 @@ class Unfolding:
             now = after
         frame.put(move.value, move.target, now)
 
-    def op(self, frame: _Frame, op: Op, plan: OpPlan, place: int) -> None:
+    def op(self, frame: Frame, op: Op, plan: OpPlan, place: int) -> None:
         program = frame.program
         rule = None if op.programs else self.rule_of(program, op)
         wanted, given = boundary(program, op, plan, rule)
@@ -393,7 +321,7 @@ class Unfolding:
 
     def inline(
         self,
-        frame: _Frame,
+        frame: Frame,
         op: Op,
         plan: OpPlan,
         reads: tuple[int, ...],
@@ -455,63 +383,3 @@ class Unfolding:
             tuple(work.pinned),
         )
         return simplified(plain, self.habits)
-
-
-def _turn(
-    outer: Unfolding,
-    frame: _Frame,
-    assignment: Assignment,
-    loop: Loop,
-    leaving: list[Move],
-) -> tuple[Unfolded, list[tuple[int, Layout]]]:
-    """One turn of the accumulation loop, and the versions at hand outside.
-
-    Its inputs are those versions, then the accumulators; these are its outputs too.
-    """
-    program = frame.program
-    work = Unfolding(outer.mesh, outer.rule_of, outer.habits)
-    inside = work.enter(program, assignment)
-    given, inputs = [], []
-    for v, held_as in frame.versions.items():
-        at = program.producer.get(v)
-        op = None if at is None else program.ops[at]
-        for layout in held_as:
-            buffer = inside.put(v, layout)
-            made = op and Instruction(op.kind, FUSED, (), (buffer,), program, 0, op)
-            if made and made.constant is not None:  # compilers make it in the loop
-                work.emit(made)
-                continue
-            given.append((v, layout))
-            inputs.append(buffer)
-    work.ops(inside, assignment, loop.ops)
-    outputs, stacked = [], []
-    for move in leaving:
-        term = inside.get(move.value, move.source)
-        if not move.source.operator(TIME):
-            stacked.append(term)
-            continue
-        held, added = (work.total(program, move, loop.trips) for _ in range(2))
-        inputs.append(held)
-        outputs.append(added)
-        work.emit(
-            Instruction(
-                "add",
-                FUSED,
-                (held, term),
-                (added,),
-                program,
-                program.producer[move.value],
-            )
-        )
-    instructions = with_stores(work.instructions, tuple(stacked), program)
-    first = len(given)
-    same = tuple((first + i, i) for i in range(len(outputs)))
-    body = Unfolded(
-        tuple(work.buffers),
-        instructions,
-        tuple(inputs),
-        tuple(outputs),
-        same,
-        tuple(work.pinned),
-    )
-    return simplified(body, work.habits), given
