@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -381,6 +381,23 @@ def _cudnn_found() -> bool:
         return bool(cudnn_attention.check_cudnn_version())
     except RuntimeError:
         return False
+
+
+def cudnn_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of attention as plain data, as cuDNN's primitives have them."""
+    mask = cudnn_attention.MaskType[params["mask_type"]]
+    own = {key: x for key, x in params.items() if key != "recognized"}
+    return {**own, "mask_type": mask}
+
+
+def cudnn_bind(kind: str, args: Sequence[Any], params: dict[str, Any]) -> Any:
+    """One of cuDNN's attention primitives, by name."""
+    known = (
+        cudnn_attention._dot_product_attention_fwd_p_wrapper,
+        cudnn_attention._dot_product_attention_bwd_p_wrapper,
+    )
+    (primitive,) = (p for p in known if p.name == kind)
+    return primitive.bind(*args, **params)
 
 
 @contextlib.contextmanager

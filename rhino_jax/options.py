@@ -12,6 +12,7 @@ from rhino_jax.schedule.generate import LOOPED, SCHEDULES
 
 LOWERINGS = ("manual", "auto")
 REMAT = ("", "none", "boundary")
+WRITTEN, RECOGNIZED = ATTENTION = ("written", "recognized")
 LEVELS = (1, 2)
 AUTO = "auto"
 """Of ``pipeline_stages``: as many as are fastest."""
@@ -49,6 +50,11 @@ class Options:
         remat: "none" or "boundary" (layers keep what enters them and are computed
             again in the backward pass); None leaves it to the search ("none" with a
             recipe).
+        attention: "written" (products and a softmax stay what they are) or "recognized"
+            (where they are exactly attention they are run as one op, which keeps no
+            scores and can be split along the sequence); None leaves it to the search
+            ("written" with a recipe), which tries the second where scores take much of
+            the time or of the memory.
         cache_dir: where plans are kept; None is the user's cache, "" keeps none.
         pins: tree path (or ``rhino.name``) to PartitionSpec: layouts to keep.
         lowering: "manual" (the plan is the program) or "auto" (a replay under
@@ -72,6 +78,7 @@ class Options:
     pipeline_stages: int | Literal["auto"] | None = None
     schedule: str = "1f1b"
     remat: str | None = None
+    attention: str | None = None
     cache_dir: str | None = None
     pins: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     lowering: str = "manual"
@@ -89,6 +96,11 @@ class Options:
         if self.remat not in (None, *REMAT):
             near = nearest(str(self.remat), REMAT[1:]) or REMAT[1:]
             found.append(f"remat={self.remat!r}: did you mean {near[0]!r}?")
+        if self.attention not in (None, *ATTENTION):
+            near = nearest(str(self.attention), ATTENTION) or ATTENTION
+            found.append(f"attention={self.attention!r}: did you mean {near[0]!r}?")
+        elif (self.attention, self.lowering) == (RECOGNIZED, "auto"):
+            found.append("attention='recognized' is run by the manual lowering alone")
         for name in ("memory_limit_bytes", "microbatches", "pipeline_stages"):
             given = getattr(self, name)
             if (name, given) == ("pipeline_stages", AUTO):

@@ -119,6 +119,8 @@ class Plan:
     ``stages`` says how it is a pipeline, where it is one: ``mesh`` is then that of each
     worker. ``microbatches`` is the size of the time axis, ``remat`` are pairs of
     segments ("*", or as :mod:`rhino_jax.ir.spans` writes them) and policy.
+    ``attention`` is "recognized" where the plan is of the Program with its attention
+    recognized (:mod:`rhino_jax.search.recognize`), before anything is rematerialized.
     ``made_with`` names the versions that made the plan.
     """
 
@@ -139,6 +141,7 @@ class Plan:
     made_with: tuple[tuple[str, str], ...] = ()
     ops: tuple[tuple[str, int], ...] = field(default=(), repr=False)
     predicted: Predicted | None = None
+    attention: str = ""
 
     @property
     def num_devices(self) -> int:
@@ -423,6 +426,7 @@ def _to_data(plan: Plan) -> dict[str, Any]:
         "microbatches": plan.microbatches,
         "stages": _stages_data(plan.stages),
         "remat": [list(pair) for pair in plan.remat],
+        "attention": plan.attention,
         "cluster": plan.cluster,
         "notes": list(plan.notes),
         "made_with": [list(pair) for pair in plan.made_with],
@@ -452,6 +456,7 @@ def _from_data(data: Any) -> Plan:
         tuple((a, b) for a, b in data["made_with"]),
         tuple((name, index) for name, index in data["op_keys"]),
         Predicted(**data["predicted"]) if data["predicted"] else None,
+        data.get("attention", ""),
     )
 
 

@@ -51,6 +51,8 @@ def plan_text(
     how += [f"{cut}" for cut in plan.assignment.staged[:1]]
     if plan.microbatches > 1:
         how.append(f"{plan.microbatches} microbatches")
+    if plan.attention:
+        how.append(f"attention {plan.attention}")
     how += [
         f"remat {policy}" + ("" if segments == EVERY else f" of segments {segments}")
         for segments, policy in plan.remat

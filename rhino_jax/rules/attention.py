@@ -50,6 +50,9 @@ EXAMPLES, HEADS, GROUP = "b", "h", "g"
 SEQUENCE, QUERIES, KEYS = "s", "t", "u"
 DEPTH, WIDTH = "d", "e"
 
+RECOGNIZED = "recognized"
+"""The parameter of an op that a user wrote as products and a softmax."""
+
 MASKS = ("NO_MASK", "PADDING", "CAUSAL", "PADDING_CAUSAL")
 
 
@@ -104,6 +107,25 @@ class Attention:
         if self.heads_first:
             middle.reverse()
         return ((EXAMPLES,), *middle, (depth,))
+
+
+VENDOR_DTYPES = ("bfloat16", "float16")
+VENDOR_DEPTH = 128
+"""The most that cuDNN's kernels take on every GPU that has them."""
+
+
+def by_vendor(op: Op, reads: Sequence[Value]) -> bool:
+    """Whether cuDNN's kernels do it, where there are any: what the user asked them for
+    (JAX has seen to it), and of what was recognized that which they take."""
+    if not op.param.get(RECOGNIZED):
+        return True
+    arrays = [reads[i] for i in (QUERY, KEY, VALUE)]
+    if op.kind == BACKWARD:
+        arrays += [reads[i] for i in (RESULT, COTANGENT)]
+    (dtype, *others) = {v.dtype for v in arrays}
+    depths = [v.shape[-1] for v in arrays]
+    even = all(n <= VENDOR_DEPTH and n % 8 == 0 for n in depths)
+    return not others and dtype in VENDOR_DTYPES and even and len({*depths}) == 1
 
 
 def is_ring(about: Attention, query: Value, key: Value) -> bool:

@@ -1,0 +1,84 @@
+"""Attention that was written as products and a softmax, made one op.
+
+A pass over a Program: what is exactly ``softmax(scale q k) v``, all keys seen or those
+that a causal mask or a sliding window leaves, and its gradient, become the ops of
+:mod:`rhino_jax.rules.attention`, which keep no scores. Anything else stays as it is: a
+softmax whose probabilities something more reads (dropout, an output, a statistic),
+another mask, a bias, a gradient that is stopped somewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rhino_jax.ir.check import check
+from rhino_jax.ir.program import Program
+from rhino_jax.search.recognize.matching import Match, matches
+from rhino_jax.search.recognize.reading import Reading
+from rhino_jax.search.recognize.rewriting import Rewriting, Unreachable
+from rhino_jax.search.recognize.scopes import Scopes
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """A Program with attention recognized.
+
+    ``count`` of ``softmaxes`` that meet a product became attention; where none did,
+    ``program`` is the one that was given. ``scores_bytes`` are those of one array of
+    scores of each, loops multiplied out; ``largest_bytes`` those of the largest.
+    """
+
+    program: Program = field(repr=False)
+    count: int
+    softmaxes: int
+    scores_bytes: int = 0
+    largest_bytes: int = 0
+
+
+def recognize(program: Program) -> Recognized:
+    """``program`` with all attention in it recognized."""
+    scopes = Scopes.of(program)
+    reading = Reading(scopes)
+    found, softmaxes = matches(reading)
+    while found:
+        rewriting = Rewriting(scopes)
+        done = []
+        for match in found:
+            try:
+                rewriting.add(match)
+            except Unreachable:
+                continue
+            done.append(match)
+        if len(done) == len(found):
+            after = rewriting.program()
+            done = _rid_of_scores(after, scopes, found)
+        if len(done) == len(found):
+            if _effects(after) != _effects(program):
+                break
+            after = check(after, "recognizing attention")
+            return Recognized(after, len(found), softmaxes, *_bytes(scopes, found))
+        found = tuple(done)
+    return Recognized(program, 0, softmaxes)
+
+
+def _rid_of_scores(
+    after: Program, scopes: Scopes, found: Sequence[Match]
+) -> list[Match]:
+    """The matches whose scores are not made any more: of others something else reads
+    them, or what is made of them."""
+    left = {id(op) for _, op in after.walk()}
+    return [match for match in found if id(scopes.maker(match.scores)) not in left]
+
+
+def _effects(program: Program) -> list[tuple[str, tuple[int, ...]]]:
+    """What is done beside making values, in order."""
+    return [(op.kind, op.results) for _, op in program.walk() if op.effects]
+
+
+def _bytes(scopes: Scopes, found: Sequence[Match]) -> tuple[int, int]:
+    """Of arrays of scores: of all, in every turn of the loops that they are made in,
+    and of the largest one."""
+    each = [scopes.value(match.scores).num_bytes for match in found]
+    turns = [scopes.turns(match.scores[0]) for match in found]
+    return sum(n * k for n, k in zip(each, turns, strict=True)), max(each)
