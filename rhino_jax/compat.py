@@ -386,7 +386,7 @@ def _cudnn_found() -> bool:
 def cudnn_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters of attention as plain data, as cuDNN's primitives have them."""
     mask = cudnn_attention.MaskType[params["mask_type"]]
-    own = {key: x for key, x in params.items() if key != "recognized"}
+    own = {key: x for key, x in params.items() if key != "vendor"}
     return {**own, "mask_type": mask}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.cluster.topology import Cluster
@@ -19,6 +20,10 @@ PASSES, KEPT = 10, 2
 how many of them it keeps until the backward pass."""
 
 
+MASKING = ("bool", "int", "float32")
+"""Dtypes of arrays that masks are made of."""
+
+
 @dataclass(frozen=True)
 class Attended:
     """A step with its attention recognized, and what is to be said of it."""
@@ -32,7 +37,17 @@ def attended(traced: Traced, attention: str) -> Attended:
     """``traced`` as the option ``attention`` says."""
     if attention != RECOGNIZED:
         return Attended(traced)
-    return _attended(traced, recognize(traced.program))
+    return _attended(traced, recognize(traced.program, constants_of(traced)))
+
+
+def constants_of(traced: Traced) -> dict[int, Any]:
+    """Constants of the trace that masks may be made of, by value of the Program."""
+    consts = traced.program.inputs[traced.num_inputs :]
+    return {
+        v: array
+        for v, array in zip(consts, traced.constants, strict=True)
+        if traced.program.values[v].dtype.startswith(MASKING)
+    }
 
 
 def _attended(traced: Traced, found: Recognized) -> Attended:
@@ -63,7 +78,7 @@ def with_attention(
         return _said(plan_of, attended(traced, RECOGNIZED))
     if options.attention == WRITTEN or options.lowering == "auto":
         return plan_of(traced)
-    found = recognize(traced.program)
+    found = recognize(traced.program, constants_of(traced))
     if not found.count:
         return plan_of(traced)
     other = _attended(traced, found)

@@ -50,8 +50,9 @@ EXAMPLES, HEADS, GROUP = "b", "h", "g"
 SEQUENCE, QUERIES, KEYS = "s", "t", "u"
 DEPTH, WIDTH = "d", "e"
 
-RECOGNIZED = "recognized"
-"""The parameter of an op that a user wrote as products and a softmax."""
+VENDOR = "vendor"
+"""The parameter of an op that was recognized: whether cuDNN's kernels take its arrays.
+What a user asked them for they do: JAX has seen to it."""
 
 MASKS = ("NO_MASK", "PADDING", "CAUSAL", "PADDING_CAUSAL")
 
@@ -114,18 +115,16 @@ VENDOR_DEPTH = 128
 """The most that cuDNN's kernels take on every GPU that has them."""
 
 
-def by_vendor(op: Op, reads: Sequence[Value]) -> bool:
-    """Whether cuDNN's kernels do it, where there are any: what the user asked them for
-    (JAX has seen to it), and of what was recognized that which they take."""
-    if not op.param.get(RECOGNIZED):
-        return True
-    arrays = [reads[i] for i in (QUERY, KEY, VALUE)]
-    if op.kind == BACKWARD:
-        arrays += [reads[i] for i in (RESULT, COTANGENT)]
-    (dtype, *others) = {v.dtype for v in arrays}
-    depths = [v.shape[-1] for v in arrays]
-    even = all(n <= VENDOR_DEPTH and n % 8 == 0 for n in depths)
-    return not others and dtype in VENDOR_DTYPES and even and len({*depths}) == 1
+def by_vendor(op: Op) -> bool:
+    """Whether cuDNN's kernels do it, where there are any."""
+    return bool(op.param.get(VENDOR, True))
+
+
+def vendor_takes(arrays: Sequence[Value]) -> bool:
+    """Whether cuDNN's kernels take queries, keys, values and what is like them."""
+    dtypes, depths = {v.dtype for v in arrays}, {v.shape[-1] for v in arrays}
+    known = len(dtypes) == 1 and dtypes <= {*VENDOR_DTYPES}
+    return known and all(n <= VENDOR_DEPTH and n % 8 == 0 for n in depths)
 
 
 def is_ring(about: Attention, query: Value, key: Value) -> bool:

@@ -313,7 +313,7 @@ def _once(
         return tuple(x.astype(v.dtype) for x, v in found)
 
     split = shard.is_split(QUERIES) or shard.is_split(KEYS)
-    fits = not split and by_vendor(shard.op, shard.reads)
+    fits = not split and by_vendor(shard.op)
     return _by_vendor(fits, vendor, stand_in, given)
 
 
@@ -422,7 +422,7 @@ def _rounds(here: _Here) -> int:
     nested = all(a.stride == b for a, b in zip(digits, spans[1:], strict=False))
     found = whole // spans[0]
     fits = nested and found <= MOST_ROUNDS and here.about.window is None
-    return found if fits and by_vendor(shard.op, shard.reads) else 0
+    return found if fits and by_vendor(shard.op) else 0
 
 
 def _by_rounds(

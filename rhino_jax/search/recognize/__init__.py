@@ -9,12 +9,15 @@ another mask, a bias, a gradient that is stopped somewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from rhino_jax.ir.check import check
 from rhino_jax.ir.program import Program
-from rhino_jax.search.recognize.matching import Match, matches
+from rhino_jax.search.recognize.matching import matches
+from rhino_jax.search.recognize.products import Match
 from rhino_jax.search.recognize.reading import Reading
 from rhino_jax.search.recognize.rewriting import Rewriting, Unreachable
 from rhino_jax.search.recognize.scopes import Scopes
@@ -36,10 +39,15 @@ class Recognized:
     largest_bytes: int = 0
 
 
-def recognize(program: Program) -> Recognized:
-    """``program`` with all attention in it recognized."""
+def recognize(
+    program: Program, constants: Mapping[int, Any] = MappingProxyType({})
+) -> Recognized:
+    """``program`` with all attention in it recognized.
+
+    ``constants``: values of its inputs that are known (arrays of numpy or like them).
+    """
     scopes = Scopes.of(program)
-    reading = Reading(scopes)
+    reading = Reading(scopes, constants)
     found, softmaxes = matches(reading)
     while found:
         rewriting = Rewriting(scopes)

@@ -75,16 +75,22 @@ ELEMENTWISE: Mapping[str, Callable[..., Any]] = {
 DTYPES = frozenset(
     "bool int8 int16 int32 int64 uint8 uint32 float16 bfloat16 float32 float64".split()
 )
+COUNTED = frozenset("int32 int64 float32 float64".split())
 LINEAR = frozenset("add add_any sub".split())
 COMPARED = frozenset("eq ne lt le gt ge".split())
 SAME = frozenset("copy stop_gradient".split())
 
 
 class Masks:
-    """What is known of arrays made of indices."""
+    """What is known of arrays made of indices.
 
-    def __init__(self, scopes: Scopes) -> None:
+    ``constants`` are arrays that come in with the trace, by value of the outermost
+    Program.
+    """
+
+    def __init__(self, scopes: Scopes, constants: Mapping[int, Any]) -> None:
         self.scopes = scopes
+        self.constants = constants
         self.known: dict[Name, Indexed | None] = {}
 
     def of(self, name: Name) -> Indexed | None:
@@ -101,12 +107,14 @@ class Masks:
             plain = plain and value.dtype in DTYPES
             return Indexed({}, _as(value.literal, value.dtype)) if plain else None
         op = self.scopes.maker(name)
+        if op is None and name[0] == 0 and name[1] in self.constants:
+            return _held(np.asarray(self.constants[name[1]]), value.dtype)
         if op is None or op.programs:
             return None
         if op.kind == "iota":
             at = places(value.shape).get(op.param["dimension"])
-            counted = value.dtype.startswith(("int", "uint", "float32", "float64"))
-            return Indexed({} if at is None else {at: 1}) if counted else None
+            counted = {} if at is None else {at: 1}
+            return Indexed(counted) if value.dtype in COUNTED else None
         known = op.kind in SHAPES or op.kind in SAME or op.kind in ELEMENTWISE
         if not known and op.kind != "convert_element_type":
             return None
@@ -134,6 +142,20 @@ class Masks:
         return _combined(op, found, [n for n in value.shape if n != 1])
 
 
+def _held(array: np.ndarray, dtype: str) -> Indexed | None:
+    """An array by its values: a count, or what goes by distance."""
+    if dtype not in DTYPES or array.size > LONGEST:
+        return None
+    array = array.astype(_numpy(dtype)).reshape([n for n in array.shape if n != 1])
+    if array.ndim == 1 and dtype in COUNTED:
+        step = int(array[1] - array[0])
+        if np.array_equal(array, array[0] + step * np.arange(len(array))):
+            return Indexed({0: step}, array[0])
+    if array.ndim == 2 and np.array_equal(array[1:, 1:], array[:-1, :-1]):
+        return Indexed({}, 0, (0, 1), np.concatenate([array[0, ::-1], array[1:, 0]]))
+    return None
+
+
 def _as(x: Any, dtype: str) -> Any:
     return np.asarray(x, _numpy(dtype))[()]
 
@@ -149,8 +171,7 @@ def _converted(x: Indexed, dtype: str) -> Indexed | None:
     if x.by_distance is not None:
         return replace(x, by_distance=x.by_distance.astype(_numpy(dtype)))
     if x.steps:
-        exact = dtype in ("int32", "int64", "float32", "float64")
-        return x if exact else None
+        return x if dtype in COUNTED else None
     return replace(x, start=_as(x.start, dtype))
 
 
@@ -165,6 +186,12 @@ def _combined(op: Op, reads: list[Indexed], sizes: list[int]) -> Indexed | None:
         steps = {p: one.steps.get(p, 0) + sign * other.steps.get(p, 0) for p in both}
         start = apply(one.start, other.start)
         return Indexed({p: n for p, n in steps.items() if n}, start)
+    if op.kind == "mul" and all(x.by_distance is None for x in reads):
+        one, other = reads if not reads[0].steps else reads[::-1]
+        by = int(one.start)
+        if not one.steps and by == one.start:
+            steps = {p: n * by for p, n in other.steps.items() if by}
+            return Indexed(steps, by * other.start)
     if op.kind in COMPARED and all(x.by_distance is None for x in reads):
         one, other = reads
         both = {*one.steps, *other.steps}

@@ -7,15 +7,12 @@ With scores ``S`` (a product of queries and keys), ``P`` their softmax over the 
 - gradients: ``P`` and the cotangent, over queries (of values); ``dS = scale P (dP -
   sum(P dP))`` and keys, over keys (of queries); ``dS`` and queries, over queries (of
   keys).
-
-Dimensions are labelled: examples ``b``, heads ``h``, queries ``t``, query heads of one
-head of keys ``g``, keys ``u``, depth ``d`` and ``e`` of values.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,90 +28,18 @@ from rhino_jax.search.recognize.forms import (
     scaled,
     times,
 )
+from rhino_jax.search.recognize.products import (
+    Array,
+    Gradient,
+    Labels,
+    Made,
+    Match,
+    Sides,
+    sides_of,
+    views,
+)
 from rhino_jax.search.recognize.reading import Exponential, Reading, Use
-from rhino_jax.search.recognize.scopes import SHAPES, Name, Scopes, moved, places
-
-Labels = tuple[str, ...]
-"""One for each place of an array."""
-
-
-@dataclass(frozen=True)
-class Array:
-    """An array whose dimensions are known."""
-
-    name: Name
-    labels: Labels
-
-
-@dataclass(frozen=True)
-class Made:
-    """A product to be replaced: where it stands, and its result's labels."""
-
-    scope: int
-    op: int
-    labels: Labels
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """The products that are gradients, and the cotangent of the result."""
-
-    cotangent: Array
-    queries: Made
-    keys: Made
-    values: Made
-
-
-@dataclass(frozen=True)
-class Match:
-    """One attention. ``scores`` is the product of queries and keys."""
-
-    queries: Array
-    keys: Array
-    values: Array
-    scores: Name
-    sizes: Mapping[str, int]
-    scale: float
-    causal: bool
-    window: int | None
-    result: Made | None
-    gradient: Gradient | None
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """A product's operands: what each place is. ``batch`` and ``contracted`` pair
-    places of both; ``free`` are (place, place of the result)."""
-
-    batch: tuple[tuple[int, int], ...]
-    contracted: tuple[tuple[int, int], ...]
-    free: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
-    result: tuple[tuple[int, int], ...]
-    """Of each batch dimension: place in the first operand, place in the result."""
-
-
-def _sides(op: Op, shapes: Sequence[tuple[int, ...]]) -> _Sides:
-    contracted, batch = op.param["dimension_numbers"]
-    at = [places(shape) for shape in shapes]
-    pairs = [
-        tuple((at[0][i], at[1][j]) for i, j in zip(*dims, strict=True) if i in at[0])
-        for dims in (batch, contracted)
-    ]
-    made = 0
-    result = []
-    for place, _ in pairs[0]:
-        result.append((place, made))
-        made += 1
-    free = []
-    for side in (0, 1):
-        taken = {*batch[side], *contracted[side]}
-        mine = []
-        for d, place in at[side].items():
-            if d not in taken:
-                mine.append((place, made))
-                made += 1
-        free.append(tuple(mine))
-    return _Sides(pairs[0], pairs[1], (free[0], free[1]), tuple(result))
+from rhino_jax.search.recognize.scopes import Name, Scopes, places
 
 
 def matches(reading: Reading) -> tuple[tuple[Match, ...], int]:
@@ -230,15 +155,15 @@ class _Finder:
 
     # ---- dimensions ------------------------------------------------------------------
 
-    def _product(self, name: Name) -> tuple[Op, list[Name], _Sides]:
+    def _product(self, name: Name) -> tuple[Op, list[Name], Sides]:
         op = self.scopes.maker(name)
         assert op is not None
         return self._operands(name[0], op)
 
-    def _operands(self, scope: int, op: Op) -> tuple[Op, list[Name], _Sides]:
+    def _operands(self, scope: int, op: Op) -> tuple[Op, list[Name], Sides]:
         reads = [self.scopes.name(scope, v) for v in op.operands]
         shapes = [self.scopes.value(read).shape for read in reads]
-        return op, reads, _sides(op, shapes)
+        return op, reads, sides_of(op, shapes)
 
     def _known(self, atom: int, axis: int) -> _Known | None:
         """Labels of scores whose softmax goes over ``axis``; None where queries and
@@ -265,7 +190,9 @@ class _Finder:
         for row in rows:
             labels[row] = "t" if row == first else "g"
         operand = [[""] * len(self.reading.sizes(read)) for read in reads]
-        for name_, made in zip(self._batch(sides, side), sides.result, strict=True):
+        shape = self.scopes.value(reads[side]).shape
+        names = self._batch(sides, side, shape)
+        for name_, made in zip(names, sides.result, strict=True):
             labels[made[1]] = name_
         for (left, right), (_, made_at) in zip(sides.batch, sides.result, strict=True):
             operand[0][left] = operand[1][right] = labels[made_at]
@@ -294,12 +221,13 @@ class _Finder:
         alike = [row for row in rows if sizes[row] == sizes[axis]]
         return (masked or alike or sorted(rows, key=lambda r: -sizes[r]))[0]
 
-    def _batch(self, sides: _Sides, side: int) -> list[str]:
+    def _batch(self, sides: Sides, side: int, shape: tuple[int, ...]) -> list[str]:
         """Examples and heads, as they come in the keys; one alone is of heads unless it
         stands before all else."""
         order = sorted(pair[side] for pair in sides.batch)
         if len(order) == 1:
-            names = {order[0]: "b" if order[0] == 0 else "h"}
+            first = 0 in places(shape)
+            names = {order[0]: "b" if first and order[0] == 0 else "h"}
         else:
             names = dict(zip(order, "bh", strict=False))
         return [names[pair[side]] for pair in sides.batch]
@@ -483,25 +411,5 @@ class _Finder:
             return True, None
         window = int(np.count_nonzero(back))
         within = (distance >= 0) & (distance < window)
-        return (
-            (True, window)
-            if rows == columns and np.array_equal(back, within)
-            else (None)
-        )
-
-
-def views(scopes: Scopes, array: Array) -> list[Array]:
-    """An array, what it is a rearrangement of, what that is one of, and so on."""
-    found = [array]
-    while True:
-        last = found[-1]
-        op = scopes.maker(last.name)
-        if op is None or op.kind not in SHAPES or op.kind == "broadcast_in_dim":
-            return found
-        (read,) = scopes.reads(last.name, op)
-        before, after = scopes.value(read).shape, scopes.value(last.name).shape
-        to = moved(op, before, after)
-        if to is None:
-            return found
-        labels = tuple(last.labels[to[place]] for place in range(len(to)))
-        found.append(Array(read, labels))
+        slides = window > 0 and rows == columns and np.array_equal(back, within)
+        return (True, window) if slides else None

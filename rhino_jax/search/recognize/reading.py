@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from rhino_jax.search.recognize.forms import (
     times,
     value_of,
 )
-from rhino_jax.search.recognize.masks import Masks
+from rhino_jax.search.recognize.masks import Indexed, Masks
 from rhino_jax.search.recognize.scopes import (
     SHAPES,
     Name,
@@ -81,9 +82,9 @@ class Exponential:
 class Reading:
     """The forms of every array of a step, and the uses of exponentials."""
 
-    def __init__(self, scopes: Scopes) -> None:
+    def __init__(self, scopes: Scopes, constants: Mapping[int, Any]) -> None:
         self.scopes = scopes
-        self.masks = Masks(scopes)
+        self.masks = Masks(scopes, constants)
         self.atoms = Atoms()
         self.forms: dict[Name, Form] = {}
         self.uses: list[Use] = []
@@ -145,12 +146,18 @@ class Reading:
     def hidden(self, name: Name, form: Form, mask: Name, seen_if: bool) -> Form | None:
         """Scores where ``mask`` is ``seen_if``, hidden where it is not."""
         found = self.scores(form, len(self.sizes(name)))
-        seen = self.masks.of(mask)
+        seen = self._mask(name, mask)
         if found is None or seen is None or seen.by_distance is None:
             return None
         scores, dims = found
         visible = seen.by_distance.astype(bool)
         return self._hidden(scores, dims, visible == seen_if, seen.between)
+
+    def _mask(self, name: Name, mask: Name) -> Indexed | None:
+        """What a mask is, by places of the array that it is read beside."""
+        found = self.masks.of(mask)
+        shapes = (self.scopes.value(one).shape for one in (mask, name))
+        return None if found is None else found.at(spread(*shapes))
 
     def _hidden(
         self,
@@ -171,7 +178,7 @@ class Reading:
     def less(self, name: Name, form: Form, bias: Name) -> Form | None:
         """Scores with a mask added to them: zeros, and minus infinity or so."""
         found = self.scores(form, len(self.sizes(name)))
-        seen = self.masks.of(bias) if found else None
+        seen = self._mask(name, bias) if found else None
         if found is None or seen is None or seen.by_distance is None:
             return None
         visible = seen.by_distance == 0
@@ -181,9 +188,9 @@ class Reading:
             return None
         return self._hidden(*found, visible, seen.between)
 
-    def nothing_hidden(self, form: Form, mask: Name, seen_if: bool) -> bool:
+    def nothing_hidden(self, name: Name, form: Form, mask: Name, seen_if: bool) -> bool:
         """Whether every term is zero where ``mask`` is not ``seen_if`` anyway."""
-        seen = self.masks.of(mask)
+        seen = self._mask(name, mask)
         if seen is None or seen.by_distance is None:
             return False
         visible = seen.by_distance.astype(bool) == seen_if
@@ -397,7 +404,7 @@ def _select(reading: Reading, op: Op, name: Name) -> Form | None:
         if form is None or number is None or value_of(form) is not None:
             continue
         if number == 0:
-            return form if reading.nothing_hidden(form, mask, seen_if) else None
+            return form if reading.nothing_hidden(name, form, mask, seen_if) else None
         if _hides(number, reading.scopes.value(name).dtype):
             return reading.hidden(name, form, mask, seen_if)
     return None

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 
 from rhino_jax.ir.program import Op, Program, Value, Where, accumulator_dtype
 from rhino_jax.ir.prune import pruned
-from rhino_jax.rules.attention import BACKWARD, FORWARD, RECOGNIZED
-from rhino_jax.search.recognize.matching import Array, Made, Match, views
+from rhino_jax.rules.attention import BACKWARD, FORWARD, VENDOR, vendor_takes
+from rhino_jax.search.recognize.products import Array, Made, Match, views
 from rhino_jax.search.recognize.scopes import SHAPES, Name, Scopes, moved, places
 
 Axes = tuple[str, ...]
@@ -145,9 +145,22 @@ class Rewriting:
             "mask_type": "CAUSAL" if match.causal else "NO_MASK",
             "layout": layout,
             "sliding_window_length": match.window,
-            RECOGNIZED: True,
+            VENDOR: self._vendor(match),
             **more,
         }
+
+    def _vendor(self, match: Match) -> bool:
+        """Whether cuDNN's kernels take the arrays, in the backward pass too."""
+        arrays = [match.queries, match.keys, match.values]
+        if match.gradient is not None:
+            arrays.append(match.gradient.cotangent)
+        held = [self.scopes.value(array.name) for array in arrays]
+        deep = [match.sizes[x] for x in "dee"]
+        made = [self._dtype(match.result)] if match.result is not None else []
+        dtypes = [*(v.dtype for v in held), *made]
+        return vendor_takes(
+            [Value((n,), dtype) for dtype in dtypes for n in dict.fromkeys(deep)]
+        )
 
     def _emit(
         self,
