@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from rhino_jax.api.planned import Planned, subject_of
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import InfeasibleError, MeshError, PinError
 from rhino_jax.options import RECOGNIZED, WRITTEN, Options
-from rhino_jax.search.recognize import Recognized, recognize
+from rhino_jax.search.recognize import Bytes, Recognized, exponentials, recognize
 from rhino_jax.trace import Traced
 
 MUCH = 0.5
@@ -78,28 +79,33 @@ def with_attention(
         return _said(plan_of, attended(traced, RECOGNIZED))
     if options.attention == WRITTEN or options.lowering == "auto":
         return plan_of(traced)
-    found = recognize(traced.program, constants_of(traced))
-    if not found.count:
-        return plan_of(traced)
-    other = _attended(traced, found)
-    count = cluster.num_devices
-    least = found.largest_bytes // (count * subject_of(traced).batch_size)
-    if least > limit_bytes:
-        size = f"{least / 2**30:.1f} GiB a device"
-        return _said(plan_of, other, f"as written, one array of scores takes {size}")
-    failed: InfeasibleError | None = None
+    share = 1 / (cluster.num_devices * subject_of(traced).batch_size)
+    most = exponentials(traced.program)
+    found: Recognized | None = None
+    if most.largest * share > limit_bytes:
+        found = recognize(traced.program, constants_of(traced))
+        least = found.scores.largest * share
+        if least > limit_bytes:
+            why = f"as written, one array of scores takes {least / 2**30:.1f} GiB"
+            return _said(plan_of, _attended(traced, found), why)
     written: Planned | None = None
+    failed: InfeasibleError | None = None
     try:
         written = plan_of(traced)
     except InfeasibleError as error:
         failed = error
-    if written is not None and not _matter(found, written, cluster, limit_bytes):
+    if written is not None and not _matter(most, written, cluster, limit_bytes):
         return written
-    try:
-        blockwise = _said(plan_of, other)
-    except (InfeasibleError, MeshError, PinError):
-        blockwise = None
-    if blockwise is None and failed is not None:
+    found = found or recognize(traced.program, constants_of(traced))
+    if written is not None and not _matter(found.scores, written, cluster, limit_bytes):
+        return written
+    blockwise: Planned | None = None
+    if found.count:
+        # What is pinned may be gone with the scores.
+        with contextlib.suppress(InfeasibleError, MeshError, PinError):
+            blockwise = _said(plan_of, _attended(traced, found))
+    if written is None and blockwise is None:
+        assert failed is not None
         raise failed
     return _faster(written, blockwise)
 
@@ -116,12 +122,12 @@ def _said(
 
 
 def _matter(
-    found: Recognized, written: Planned, cluster: Cluster, limit_bytes: int
+    scores: Bytes, written: Planned, cluster: Cluster, limit_bytes: int
 ) -> bool:
     """Whether scores take much of the step's seconds, or of memory that is short."""
     plan, predicted = written.plan, written.plan.predicted
     assert predicted is not None
-    each = found.scores_bytes / cluster.num_devices
+    each = scores.total / cluster.num_devices
     seconds = PASSES * each / cluster.device.memory_bytes_per_second
     short = plan.remat or plan.microbatches > 1 or predicted.byte_seconds
     kept = KEPT * each > MUCH * limit_bytes

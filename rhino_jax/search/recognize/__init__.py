@@ -9,7 +9,7 @@ another mask, a bias, a gradient that is stopped somewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -28,15 +28,37 @@ class Recognized:
     """A Program with attention recognized.
 
     ``count`` of ``softmaxes`` that meet a product became attention; where none did,
-    ``program`` is the one that was given. ``scores_bytes`` are those of one array of
-    scores of each, loops multiplied out; ``largest_bytes`` those of the largest.
+    ``program`` is the one that was given. ``scores`` are arrays of scores, one of each.
     """
 
     program: Program = field(repr=False)
     count: int
     softmaxes: int
-    scores_bytes: int = 0
-    largest_bytes: int = 0
+    scores: Bytes
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of arrays of one kind: of all, loops multiplied out, and of the largest."""
+
+    total: int = 0
+    largest: int = 0
+
+
+def exponentials(program: Program) -> Bytes:
+    """Those of the exponentials of a Program: no scores are more."""
+    each = list(_exponentials(program, 1))
+    return Bytes(sum(n * k for n, k in each), max((n for n, _ in each), default=0))
+
+
+def _exponentials(program: Program, turns: int) -> Iterator[tuple[int, int]]:
+    """The bytes of each, and how often it is made in a step."""
+    for op in program.ops:
+        if op.kind == "exp":
+            held = (*program.operand_values(op), *program.result_values(op))
+            yield max(value.num_bytes for value in held), turns
+        for inner in op.programs:
+            yield from _exponentials(inner, turns * op.param.get("length", 1))
 
 
 def recognize(
@@ -65,9 +87,9 @@ def recognize(
             if _effects(after) != _effects(program):
                 break
             after = check(after, "recognizing attention")
-            return Recognized(after, len(found), softmaxes, *_bytes(scopes, found))
+            return Recognized(after, len(found), softmaxes, _bytes(scopes, found))
         found = tuple(done)
-    return Recognized(program, 0, softmaxes)
+    return Recognized(program, 0, softmaxes, Bytes())
 
 
 def _rid_of_scores(
@@ -84,9 +106,7 @@ def _effects(program: Program) -> list[tuple[str, tuple[int, ...]]]:
     return [(op.kind, op.results) for _, op in program.walk() if op.effects]
 
 
-def _bytes(scopes: Scopes, found: Sequence[Match]) -> tuple[int, int]:
-    """Of arrays of scores: of all, in every turn of the loops that they are made in,
-    and of the largest one."""
+def _bytes(scopes: Scopes, found: Sequence[Match]) -> Bytes:
     each = [scopes.value(match.scores).num_bytes for match in found]
     turns = [scopes.turns(match.scores[0]) for match in found]
-    return sum(n * k for n, k in zip(each, turns, strict=True)), max(each)
+    return Bytes(sum(n * k for n, k in zip(each, turns, strict=True)), max(each))

@@ -16,7 +16,7 @@ from benchmarks.models import build
 from rhino_jax.api.attending import constants_of
 from rhino_jax.ir.program import Program
 from rhino_jax.rules.attention import BACKWARD, FORWARD, Attention
-from rhino_jax.search.recognize import Recognized, recognize
+from rhino_jax.search.recognize import Bytes, Recognized, recognize
 from rhino_jax.trace import trace
 from tests import attentions
 from tests.attentions import (
@@ -121,7 +121,8 @@ def test_layers_in_a_scan(name: str, remat: bool) -> None:
     assert (found.count, found.softmaxes) == (1 + again, 1 + again)
     assert kinds(found.program) == [BACKWARD, *[FORWARD] * (1 + again)]
     assert squares(found.program, 16) == []
-    assert found.scores_bytes == 3 * (1 + again) * 2 * 4 * 16 * 16 * 4
+    each = 2 * 4 * 16 * 16 * 4
+    assert found.scores == Bytes(3 * (1 + again) * each, each)
 
 
 def test_a_forward_pass_alone() -> None:
