@@ -123,8 +123,8 @@ def by_vendor(op: Op) -> bool:
 def vendor_takes(arrays: Sequence[Value]) -> bool:
     """Whether cuDNN's kernels take queries, keys, values and what is like them."""
     dtypes, depths = {v.dtype for v in arrays}, {v.shape[-1] for v in arrays}
-    known = len(dtypes) == 1 and dtypes <= {*VENDOR_DTYPES}
-    return known and all(n <= VENDOR_DEPTH and n % 8 == 0 for n in depths)
+    alike = len(dtypes) == len(depths) == 1 and dtypes <= {*VENDOR_DTYPES}
+    return alike and all(n <= VENDOR_DEPTH and n % 8 == 0 for n in depths)
 
 
 def is_ring(about: Attention, query: Value, key: Value) -> bool:

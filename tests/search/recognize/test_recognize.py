@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +124,16 @@ def test_layers_in_a_scan(name: str, remat: bool) -> None:
     assert squares(found.program, 16) == []
     each = 2 * 4 * 16 * 16 * 4
     assert found.scores == Bytes(3 * (1 + again) * each, each)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_mask_that_comes_with_the_trace(changed: bool) -> None:
+    """Made by numpy outside the step; one element other, it is no causal mask."""
+    mask = np.tril(np.ones((16, 16), bool))
+    mask[9, 4] ^= changed
+    attend = partial(attentions.by_hand, mask=lambda scores: jnp.asarray(mask))
+    found = recognized(partial(train_step, attend), params_of(), inputs_of())
+    assert found.count == (not changed)
 
 
 def test_a_forward_pass_alone() -> None:
