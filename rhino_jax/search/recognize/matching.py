@@ -35,6 +35,7 @@ from rhino_jax.search.recognize.products import (
     Made,
     Match,
     Sides,
+    operands,
     sides_of,
     views,
 )
@@ -175,33 +176,22 @@ class _Finder:
         if about.shift not in (-1, axis):
             return None
         _, reads, sides = self._product(name)
-        columns = [dict((made, p) for p, made in free) for free in sides.free]
+        columns = [{made for _, made in free} for free in sides.free]
         side = next((i for i in (0, 1) if axis in columns[i]), None)
         if side is None or len(columns[side]) != 1 or len(sides.contracted) != 1:
             return None
         rows = sorted(columns[1 - side])
-        rank = len(self.reading.sizes(name))
         if not 1 <= len(rows) <= 2 or len(sides.batch) > 2:
             return None
-        labels = [""] * rank
-        labels[axis] = "u"
         sizes = self.reading.sizes(name)
+        labels = ["u"] * len(sizes)
         first = self._first_row(about, rows, axis, sizes)
         for row in rows:
             labels[row] = "t" if row == first else "g"
-        operand = [[""] * len(self.reading.sizes(read)) for read in reads]
-        shape = self.scopes.value(reads[side]).shape
-        names = self._batch(sides, side, shape)
-        for name_, made in zip(names, sides.result, strict=True):
-            labels[made[1]] = name_
-        for (left, right), (_, made_at) in zip(sides.batch, sides.result, strict=True):
-            operand[0][left] = operand[1][right] = labels[made_at]
-        for left, right in sides.contracted:
-            operand[0][left] = operand[1][right] = "d"
-        for i in (0, 1):
-            for place, made_at in sides.free[i]:
-                operand[i][place] = labels[made_at]
-        arrays = [Array(read, tuple(x)) for read, x in zip(reads, operand, strict=True)]
+        names = self._batch(sides, side, self.scopes.value(reads[side]).shape)
+        for label, (_, made) in zip(names, sides.result, strict=True):
+            labels[made] = label
+        arrays = operands(reads, sides, labels, "d")
         return _Known(
             tuple(labels),
             frozenset(labels[row] for row in rows),
@@ -287,14 +277,7 @@ class _Finder:
         _, reads, sides = self._product(name)
         if len(sides.contracted) != 1:
             return None
-        labels = [[""] * len(self.reading.sizes(read)) for read in reads]
-        for (left, right), (_, at) in zip(sides.batch, sides.result, strict=True):
-            labels[0][left] = labels[1][right] = made[at]
-        for i in (0, 1):
-            labels[i][sides.contracted[0][i]] = "e"
-            for place, at in sides.free[i]:
-                labels[i][place] = made[at]
-        arrays = [Array(read, tuple(x)) for read, x in zip(reads, labels, strict=True)]
+        arrays = operands(reads, sides, made, "e")
         wanted = known.batch | known.rows | {"e"}
         values = known.batch | {"u", "e"}
         for one, other in (arrays, arrays[::-1]):

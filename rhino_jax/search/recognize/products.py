@@ -95,6 +95,24 @@ def sides_of(op: Op, shapes: Sequence[tuple[int, ...]]) -> Sides:
     return Sides(pairs[0], pairs[1], (free[0], free[1]), tuple(result))
 
 
+def operands(
+    reads: Sequence[Name], sides: Sides, made: Sequence[str], inner: str
+) -> tuple[Array, Array]:
+    """A product's operands, given the labels of its result and the one that it sums
+    over."""
+    found: tuple[dict[int, str], dict[int, str]] = {}, {}
+    for pair, (_, at) in zip(sides.batch, sides.result, strict=True):
+        for labels, place in zip(found, pair, strict=True):
+            labels[place] = made[at]
+    for pair in sides.contracted:
+        for labels, place in zip(found, pair, strict=True):
+            labels[place] = inner
+    for labels, free in zip(found, sides.free, strict=True):
+        labels.update((place, made[at]) for place, at in free)
+    one, other = (tuple(x[i] for i in range(len(x))) for x in found)
+    return Array(reads[0], one), Array(reads[1], other)
+
+
 def views(scopes: Scopes, array: Array) -> list[Array]:
     """An array, what it is a rearrangement of, what that is one of, and so on."""
     found = [array]

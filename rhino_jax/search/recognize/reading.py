@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,8 @@ HIDING = -1e8
 """What hidden scores are set to, at most: an exponential of less is nothing beside that
 of any score. (float16 has no such number; its least is taken.)"""
 LEAST_FLOAT16 = -6e4
+LEAST_SCALE = 0.1
+"""By which they may be scaled once they are hidden, and still be nothing."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,9 @@ class Reading:
             return None
         if kind == PRODUCT:
             return Scores(atom, scale), dims
-        if kind == HIDDEN and scale == 1.0:
+        if kind == HIDDEN and scale >= LEAST_SCALE:
             assert isinstance(about, Scores)
-            return about, dims
+            return replace(about, scale=about.scale * scale), dims
         return None
 
     def hidden(self, name: Name, form: Form, mask: Name, seen_if: bool) -> Form | None:
