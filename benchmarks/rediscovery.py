@@ -22,9 +22,9 @@ from rhino_jax.api.planned import subject_of
 from rhino_jax.api.planning import traced_bare
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.options import make_options
-from rhino_jax.plan import Collective, collectives
 from rhino_jax.search.planner import Request, search
 from rhino_jax.search.prices import AlphaBeta
+from rhino_jax.sent import Collective, collectives
 
 SCALARS_BYTES = 512
 """Wire bytes of all scalar collectives together that are not counted."""

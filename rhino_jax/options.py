@@ -12,6 +12,7 @@ from rhino_jax.schedule.generate import LOOPED, SCHEDULES
 
 LOWERINGS = ("manual", "auto")
 REMAT = ("", "none", "boundary")
+WRITTEN, RECOGNIZED = ATTENTION = ("written", "recognized")
 LEVELS = (1, 2)
 AUTO = "auto"
 """Of ``pipeline_stages``: as many as are fastest."""
@@ -52,6 +53,11 @@ class Options:
         collective_matmul: in searched plans, products may gather what they read, and
             scatter what they make, while they work: shards go around a ring. Only
             where the compiler sends them beside a product (TPUs).
+        attention: "written" (products and a softmax stay what they are) or "recognized"
+            (where they are exactly attention they are run as one op, which keeps no
+            scores and can be split along the sequence); None leaves it to the search
+            ("written" with a recipe), which tries the second where scores take much of
+            the time or of the memory.
         cache_dir: where plans are kept; None is the user's cache, "" keeps none.
         pins: tree path (or ``rhino.name``) to PartitionSpec: layouts to keep.
         lowering: "manual" (the plan is the program) or "auto" (a replay under
@@ -76,6 +82,7 @@ class Options:
     schedule: str = "1f1b"
     remat: str | None = None
     collective_matmul: bool = True
+    attention: str | None = None
     cache_dir: str | None = None
     pins: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     lowering: str = "manual"
@@ -93,6 +100,11 @@ class Options:
         if self.remat not in (None, *REMAT):
             near = nearest(str(self.remat), REMAT[1:]) or REMAT[1:]
             found.append(f"remat={self.remat!r}: did you mean {near[0]!r}?")
+        if self.attention not in (None, *ATTENTION):
+            near = nearest(str(self.attention), ATTENTION) or ATTENTION
+            found.append(f"attention={self.attention!r}: did you mean {near[0]!r}?")
+        elif (self.attention, self.lowering) == (RECOGNIZED, "auto"):
+            found.append("attention='recognized' is run by the manual lowering alone")
         for name in ("memory_limit_bytes", "microbatches", "pipeline_stages"):
             given = getattr(self, name)
             if (name, given) == ("pipeline_stages", AUTO):

@@ -14,17 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rhino_jax.cost.handed import handed_on, turn_of
-from rhino_jax.cost.manual import sent_by
 from rhino_jax.errors import PlanFileError, problems
-from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, trips_of, whole
+from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.data import assignment_data, assignment_of
 from rhino_jax.ir.layout import Layout, parse_layout
 from rhino_jax.ir.mesh import STAGE, Axis, Mesh
-from rhino_jax.ir.program import Op, Program, Value
+from rhino_jax.ir.program import Program
 from rhino_jax.ir.spans import checked, numbers
-from rhino_jax.ir.steps import Move, Step
-from rhino_jax.rules import rule_of
+from rhino_jax.sent import Collective, collectives
 
 FORMAT = "rhino-plan"
 VERSION = 4
@@ -41,29 +38,6 @@ class Leaf:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.dtype}{list(self.shape)} {self.layout}"
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective of the compiled program.
-
-    ``wire_bytes`` is what each device sends each time; ``count`` how often in a step
-    (trip counts of loops multiplied out). ``where`` is the user's source line and
-    ``phase`` the name stack it was written under.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    wire_bytes: int
-    count: int
-    dtype: str
-    shape: tuple[int, ...]
-    where: str
-    phase: str = ""
-
-    @property
-    def total_bytes(self) -> int:
-        return self.wire_bytes * self.count
 
 
 @dataclass(frozen=True)
@@ -120,6 +94,8 @@ class Plan:
     ``stages`` says how it is a pipeline, where it is one: ``mesh`` is then that of each
     worker. ``microbatches`` is the size of the time axis, ``remat`` are pairs of
     segments ("*", or as :mod:`rhino_jax.ir.spans` writes them) and policy.
+    ``attention`` is "recognized" where the plan is of the Program with its attention
+    recognized (:mod:`rhino_jax.search.recognize`), before anything is rematerialized.
     ``made_with`` names the versions that made the plan.
     """
 
@@ -140,6 +116,7 @@ class Plan:
     made_with: tuple[tuple[str, str], ...] = ()
     ops: tuple[tuple[str, int], ...] = field(default=(), repr=False)
     predicted: Predicted | None = None
+    attention: str = ""
 
     @property
     def num_devices(self) -> int:
@@ -339,77 +316,6 @@ def op_keys(program: Program) -> Iterator[tuple[str, int]]:
         yield name, seen[name]
 
 
-def collectives(
-    program: Program, assignment: Assignment, mesh: Mesh, count: int = 1
-) -> Iterator[Collective]:
-    """Every collective that the plan writes, all loops multiplied out.
-
-    All branches of a ``cond`` are counted; a ``while`` counts as one trip.
-    """
-    mesh = assignment.over(mesh)
-    loop = assignment.loop or Loop((), 1)
-    inside = set(loop.ops)
-    for index, (op, plan) in enumerate(zip(program.ops, assignment.ops, strict=True)):
-        turns = count * (loop.trips if index in inside else 1)
-        for move in plan.before:
-            yield from _of_move(program, move, op, mesh, turns)
-        for inner, body in zip(op.programs, plan.inner, strict=True):
-            yield from collectives(inner, body, mesh, turns * trips_of(op, plan))
-            for move in plan.handed:
-                assert plan.staged is not None
-                yield from _of_move(inner, move, op, mesh, turns * plan.staged.ticks)
-        if not op.programs:
-            yield from _of_op(program, op, plan, mesh, turns)
-        if op.local is not None:
-            yield from collectives(op.local, whole(op.local), mesh, turns)
-        for move in plan.after:
-            yield from _of_move(program, move, op, mesh, turns)
-    for move in (*loop.leave, *assignment.final):
-        yield from _of_move(program, move, _maker(program, move.value), mesh, count)
-
-
-def _maker(program: Program, value: int) -> Op | None:
-    made = program.producer.get(value)
-    return None if made is None else program.ops[made]
-
-
-def _of_op(
-    program: Program, op: Op, plan: OpPlan, mesh: Mesh, count: int
-) -> Iterator[Collective]:
-    """What an op sends of itself."""
-    reads, makes = program.operand_values(op), program.result_values(op)
-    rule = rule_of(program, op)
-    for one in handed_on(rule, plan.choice, reads, makes, mesh):
-        yield _written(one.step, one.value, op, count * one.turns)
-    for value, step in sent_by(op, reads, makes, mesh):
-        yield _written(step, value, op, count)
-
-
-def _of_move(
-    program: Program, move: Move, op: Op | None, mesh: Mesh, count: int
-) -> Iterator[Collective]:
-    value = program.values[move.value]
-    for step in move.steps:
-        if move.within:
-            turn, turns = turn_of(step, mesh)
-            yield _written(turn, value, op, count * turns)
-        elif step.wire_bytes:
-            yield _written(step, value, op, count)
-
-
-def _written(step: Step, value: Value, op: Op | None, count: int) -> Collective:
-    return Collective(
-        step.kind,
-        step.axes,
-        step.wire_bytes,
-        count,
-        value.dtype,
-        value.shape,
-        str(op.where) if op else "",
-        op.where.name_stack if op else "",
-    )
-
-
 # ---- JSON -------------------------------------------------------------------------
 
 
@@ -428,6 +334,7 @@ def _to_data(plan: Plan) -> dict[str, Any]:
         "microbatches": plan.microbatches,
         "stages": _stages_data(plan.stages),
         "remat": [list(pair) for pair in plan.remat],
+        "attention": plan.attention,
         "cluster": plan.cluster,
         "notes": list(plan.notes),
         "made_with": [list(pair) for pair in plan.made_with],
@@ -457,6 +364,7 @@ def _from_data(data: Any) -> Plan:
         tuple((a, b) for a, b in data["made_with"]),
         tuple((name, index) for name, index in data["op_keys"]),
         Predicted(**data["predicted"]) if data["predicted"] else None,
+        data.get("attention", ""),
     )
 
 

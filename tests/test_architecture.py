@@ -30,13 +30,14 @@ BELOW_API = {
     "trace": "errors ir rules compat",
     "cluster": "errors ir",
     "cost": "errors ir cluster",
-    "plan": "errors ir cost rules",
+    "sent": "errors ir cost rules",
+    "plan": "errors ir cost rules sent",
     "search": "errors options ir rules cost cluster plan schedule",
     "lower": "errors options ir rules plan compat schedule",
     "verify": "errors plan ir compat cluster cost",
     "runtime": "errors options ir plan compat lower schedule",
     "profiling": "errors ir cluster compat verify",
-    "report": "errors plan ir cost search schedule verify",
+    "report": "errors plan sent ir cost search schedule verify",
 }
 MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
     "api": {*BELOW_API},
@@ -44,12 +45,13 @@ MAY_IMPORT = {room: set(rooms.split()) for room, rooms in BELOW_API.items()} | {
     ROOT: {*BELOW_API, "api", "cli"},
 }
 WITHOUT_JAX = set(
-    "ir rules extend cluster cost search plan report options errors schedule".split()
+    "ir rules extend cluster cost search sent plan report".split()
+    + "options errors schedule".split()
 )
 JAX = {"jax", "jaxlib", "flax", "optax"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 READS_ENVIRONMENT = {
-    *("cli.py", "cli/launch.py", "compat.py"),
+    *("cli.py", "cli/launch.py"),
     *("runtime/job.py", "runtime/joining.py"),
     *("verify/child.py", "verify/compile_only.py"),
 }
@@ -181,7 +183,7 @@ def no_hidden_state(modules: list[Module]) -> Iterator[str]:
 
 def jax_private_in_compat(modules: list[Module]) -> Iterator[str]:
     for module in modules:
-        if module.path == "compat.py":
+        if module.room == "compat":
             continue
         for line, name in module.imports:
             if f"{name}.".startswith("jax._src."):

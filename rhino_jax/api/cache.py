@@ -14,6 +14,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
+from rhino_jax.api.attending import constants_of
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import OptionsError, PlanFileError
 from rhino_jax.options import Options
@@ -37,6 +40,7 @@ def key_of(traced: Traced, cluster: Cluster, options: Options) -> str:
     """A hash of all that the plan depends on."""
     parts = (
         traced.program.digest,
+        masks(traced),
         traced.input_paths,
         traced.state_pairs,
         traced.donated,
@@ -45,6 +49,14 @@ def key_of(traced: Traced, cluster: Cluster, options: Options) -> str:
         sources(),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def masks(traced: Traced) -> str:
+    """A hash of constants of the trace that decide whether attention is recognized."""
+    hasher = hashlib.sha256()
+    for array in constants_of(traced).values():
+        hasher.update(np.asarray(array).tobytes())
+    return hasher.hexdigest()
 
 
 def asked(options: Options) -> dict[str, str]:

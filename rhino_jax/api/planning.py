@@ -10,6 +10,7 @@ import jax
 
 from rhino_jax import compat
 from rhino_jax.api.attached import more_memory
+from rhino_jax.api.attending import attended, with_attention
 from rhino_jax.api.cache import folder_of, key_of, read_plan, write_plan
 from rhino_jax.api.competing import fastest
 from rhino_jax.api.manual import around_manual, asked_mesh, manual_ops
@@ -136,12 +137,16 @@ def plan_traced(traced: Traced, options: Options) -> Planned:
 
 
 def _searched(traced: Traced, options: Options, cluster: Cluster) -> Planned:
-    def plan_one(way: Options) -> Planned:
-        return _by_search(traced, way, cluster)
+    def plan_of(step: Traced) -> Planned:
+        def plan_one(way: Options) -> Planned:
+            return _by_search(step, way, cluster)
 
-    if manual_ops(traced.program):
-        return plan_one(options)
-    return fastest(subject_of(traced), options, cluster, plan_one)
+        if manual_ops(step.program):
+            return plan_one(options)
+        return fastest(subject_of(step), options, cluster, plan_one)
+
+    limit = _limit(options, cluster)
+    return with_attention(traced, options, cluster, limit, plan_of)
 
 
 def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
@@ -280,7 +285,8 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
             mesh = meshes_around(cluster_of(options), 1, inner)[0]
     mesh = mesh.linked(TORUS if platform_of(options) == "tpu" else "")
     remat = options.remat or NONE
-    traced = rewritten(traced, remat)
+    found = attended(traced, options.attention or "")
+    traced = rewritten(found.traced, remat)
     subject = subject_of(traced)
     cuts, uncut = _cuts(subject, options)
     pins = _specs(options.pins)
@@ -297,7 +303,7 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
         cut, assignment = _recipe_in_stages(subject, mesh, placement, pins, cuts)
         options = in_one_program(options, cut)
     batches = options.microbatches or 1
-    notes: tuple[str, ...] = uncut
+    notes: tuple[str, ...] = (*uncut, *found.notes)
     owner: Sequence[int] = ()
     stages, divided = None, Divided(subject)
     if options.stages is not None:
@@ -328,6 +334,7 @@ def _by_recipe(traced: Traced, options: Options) -> Planned:
         microbatches=cut.microbatches if cut else batches,
         stages=stages,
         notes=notes,
+        attention=found.name,
     )
 
 
@@ -412,6 +419,7 @@ def bind(plan: Plan, traced: Traced, options: Options) -> Planned:
         PlanFileError: it is another program's plan.
         MeshError: its mesh is not that of the options, the devices or the cluster.
     """
+    traced = attended(traced, plan.attention).traced
     for segments, policy in plan.remat:
         traced = rewritten(traced, policy, segments)
     plan.fits(traced.program)

@@ -3,22 +3,45 @@
 Scores are made and used block by block, so a kernel is bound by its products: two of
 all queries with all keys forward, five backward, where scores are made again (Dao,
 "FlashAttention-2", 2023). What a causal mask hides is skipped.
+
+Where no kernel of cuDNN's runs (no CUDA, or arrays that it does not take), the same is
+done by plain products of blocks, whose scores pass through memory.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+from rhino_jax.cluster.hardware import Device
 from rhino_jax.ir.factors import RING, Choice, Factor, Rule
 from rhino_jax.ir.layout import local_size
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.program import Op
+from rhino_jax.ir.program import Op, Value, accumulator_dtype, itemsize
 
 PRODUCTS = {
     "dot_product_attention_fwd_wrapper": 2,
     "dot_product_attention_bwd_wrapper": 5,
 }
 """Products of queries and keys by kind of op."""
+WIDE = {
+    "dot_product_attention_fwd_wrapper": 3,
+    "dot_product_attention_bwd_wrapper": 4,
+}
+"""Passes over blocks of scores in an accumulator's dtype, where there is no kernel:
+made and read twice; made, with their gradient, and read."""
+NARROW = {
+    "dot_product_attention_fwd_wrapper": 2,
+    "dot_product_attention_bwd_wrapper": 5,
+}
+"""Passes in the arrays' own: probabilities made and read; with the scores' gradient."""
+LAUNCHED = {
+    "dot_product_attention_fwd_wrapper": 4,
+    "dot_product_attention_bwd_wrapper": 7,
+}
+"""Kernels of one block."""
+BLOCK = 1024
+"""Rows and columns of one, if heads are not so many that it has to be smaller."""
 BATCH, ROWS, DEPTH, COLUMNS = "bhg", "st", "d", "su"
 """Names of factors (:mod:`rhino_jax.rules.attention`): what is done side by side, those
 of queries, of one head, of keys. A ring's is that of queries and of keys."""
@@ -41,6 +64,36 @@ def attention_size(rule: Rule, choice: Choice, mesh: Mesh) -> tuple[float, ...]:
         return float(math.prod(_held(f, choice, mesh, letters) for f in found))
 
     return held(BATCH), held(ROWS), held(DEPTH), held(COLUMNS)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What passes through memory, and how many kernels are launched for it."""
+
+    num_bytes: float
+    launches: float
+
+
+def blocks(
+    op: Op,
+    queries: Value,
+    rule: Rule,
+    choice: Choice,
+    mesh: Mesh,
+    device: Device,
+) -> Blocks | None:
+    """What attention by plain products of blocks costs beside them; None for what is
+    none, or is a kernel's."""
+    if op.kind not in PRODUCTS:
+        return None
+    if device.platform == "cuda" and op.param.get("vendor", True):
+        return None
+    batch, rows, _, columns = attention_size(rule, choice, mesh)
+    share = seen_share(op, rule, choice, mesh)
+    wide = itemsize(accumulator_dtype(queries.dtype))
+    each = WIDE[op.kind] * wide + NARROW[op.kind] * itemsize(queries.dtype)
+    count = math.ceil(rows / BLOCK) * math.ceil(columns / BLOCK) * share
+    return Blocks(batch * rows * columns * share * each, count * LAUNCHED[op.kind])
 
 
 def _held(factor: Factor, choice: Choice, mesh: Mesh, letters: str) -> int:

@@ -31,7 +31,7 @@ from rhino_jax.cluster.kernels import (
 )
 from rhino_jax.cluster.profile import kernels_of
 from rhino_jax.cost.attention import PRODUCTS as ATTENTION
-from rhino_jax.cost.attention import attention_flops, attention_size
+from rhino_jax.cost.attention import attention_flops, attention_size, blocks
 from rhino_jax.cost.buffers import Instruction, Unfolded
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import HABITS
@@ -190,7 +190,8 @@ def kernel_work(
     size = _size(op.kind, flops, rule, choice, mesh)
     moved = memory_seconds(num_bytes, device, _reading(op, reads))
     work = _roofline(op.kind, flops, size, num_bytes, moved, dtypes, device)
-    return work.plus(_copied(extended_bytes(rule, choice, reads, mesh), device))
+    copied = _copied(extended_bytes(rule, choice, reads, mesh), device)
+    return work.plus(copied).plus(_in_blocks(op, reads, rule, choice, mesh, device))
 
 
 def work_of(unfolded: Unfolded, fused: Fusion, mesh: Mesh, device: Device) -> Work:
@@ -267,6 +268,10 @@ def instruction_work(
         size = _size(at.kind, flops, at.rule, at.plan.choice, mesh)
     moved = memory_seconds(num_bytes, device, kind) + guest_seconds
     work = _roofline(at.kind, flops, size, num_bytes, moved, dtypes, device)
+    if at.rule is not None and at.op is not None and at.step is None:
+        reads = at.program.operand_values(at.op)
+        choice = at.plan.choice
+        work = work.plus(_in_blocks(at.op, reads, at.rule, choice, mesh, device))
     launched = kernels_of(device).launch_seconds if num_bytes else 0.0
     work = replace(work, seconds=work.seconds + launched)
     return work.plus(_copied(at.extended_bytes, device))
@@ -295,6 +300,26 @@ def parts_seconds(
     dtypes = tuple(v.dtype for v in reads)
     part = _roofline(op.kind, flops // count, (*size.values(),), 0, 0.0, dtypes, device)
     return count * (part.seconds + kernels_of(device).launch_seconds)
+
+
+def _in_blocks(
+    op: Op,
+    reads: Sequence[Value],
+    rule: Rule,
+    choice: Choice,
+    mesh: Mesh,
+    device: Device,
+) -> Work:
+    """What attention costs beside its products where no kernel does it: nothing is
+    done at once with them."""
+    if op.kind not in ATTENTION:
+        return Work()
+    found = blocks(op, reads[0], rule, choice, mesh, device)
+    if found is None:
+        return Work()
+    launched = found.launches * kernels_of(device).launch_seconds
+    seconds = memory_seconds(found.num_bytes, device) + launched
+    return Work(num_bytes=found.num_bytes, seconds=seconds)
 
 
 def _dtypes(program: Program, op: Op) -> tuple[str, ...]:

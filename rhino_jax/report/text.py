@@ -12,8 +12,9 @@ from rhino_jax.ir.layout import contiguous
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import itemsize, short_dtype
 from rhino_jax.ir.spans import EVERY
-from rhino_jax.plan import Collective, Leaf, Plan, Predicted
+from rhino_jax.plan import Leaf, Plan, Predicted
 from rhino_jax.search.explain import Explanation
+from rhino_jax.sent import Collective
 
 WIDTH = 100
 STAGES = ("", "segments", "worker", "inputs", "sent each microbatch", "sent once")
@@ -51,6 +52,8 @@ def plan_text(
     how += [f"{cut}" for cut in plan.assignment.staged[:1]]
     if plan.microbatches > 1:
         how.append(f"{plan.microbatches} microbatches")
+    if plan.attention:
+        how.append(f"attention {plan.attention}")
     how += [
         f"remat {policy}" + ("" if segments == EVERY else f" of segments {segments}")
         for segments, policy in plan.remat

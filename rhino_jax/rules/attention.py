@@ -50,6 +50,10 @@ EXAMPLES, HEADS, GROUP = "b", "h", "g"
 SEQUENCE, QUERIES, KEYS = "s", "t", "u"
 DEPTH, WIDTH = "d", "e"
 
+VENDOR = "vendor"
+"""The parameter of an op that was recognized: whether cuDNN's kernels take its arrays.
+What a user asked them for they do: JAX has seen to it."""
+
 MASKS = ("NO_MASK", "PADDING", "CAUSAL", "PADDING_CAUSAL")
 
 
@@ -104,6 +108,23 @@ class Attention:
         if self.heads_first:
             middle.reverse()
         return ((EXAMPLES,), *middle, (depth,))
+
+
+VENDOR_DTYPES = ("bfloat16", "float16")
+VENDOR_DEPTH = 128
+"""The most that cuDNN's kernels take on every GPU that has them."""
+
+
+def by_vendor(op: Op) -> bool:
+    """Whether cuDNN's kernels do it, where there are any."""
+    return bool(op.param.get(VENDOR, True))
+
+
+def vendor_takes(arrays: Sequence[Value]) -> bool:
+    """Whether cuDNN's kernels take queries, keys, values and what is like them."""
+    dtypes, depths = {v.dtype for v in arrays}, {v.shape[-1] for v in arrays}
+    alike = len(dtypes) == len(depths) == 1 and dtypes <= {*VENDOR_DTYPES}
+    return alike and all(n <= VENDOR_DEPTH and n % 8 == 0 for n in depths)
 
 
 def is_ring(about: Attention, query: Value, key: Value) -> bool:

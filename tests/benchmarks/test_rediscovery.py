@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.expert.rows import Expected, Row, rows
 from benchmarks.rediscovery import FINDING, MISS, PASS, judge, tried
-from rhino_jax.plan import Collective
+from rhino_jax.sent import Collective
 
 ROWS = {row.name: row for row in rows()}
 NAMED = {

@@ -13,10 +13,10 @@ from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.memory import memory
 from rhino_jax.cost.model import Prediction, predict
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.plan import collectives
 from rhino_jax.rules import rule_of
 from rhino_jax.search.choose import plan_recipe
 from rhino_jax.search.subject import Subject
+from rhino_jax.sent import collectives
 from rhino_jax.trace import Traced
 from tests.cost.plans import LAYERS, planned, trained
 from tests.ir.analysis.steps import zoo

@@ -14,11 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.plan import Collective, collectives
 from rhino_jax.search.choose import completion
 from rhino_jax.search.recipes import RECIPES, Placement, place
 from rhino_jax.search.specs import Spec
 from rhino_jax.search.subject import Subject
+from rhino_jax.sent import Collective, collectives
 from rhino_jax.trace import trace
 
 BATCH, WIDTH, HIDDEN, LAYERS = 16, 8, 32, 3

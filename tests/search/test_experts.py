@@ -18,11 +18,12 @@ from jax import lax
 
 import rhino_jax as rhino
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.plan import collectives, make_plan
+from rhino_jax.plan import make_plan
 from rhino_jax.search.planner import Found, Request, search
 from rhino_jax.search.prices import AlphaBeta
 from rhino_jax.search.specs import Spec
 from rhino_jax.search.subject import Subject
+from rhino_jax.sent import collectives
 from tests.search.steps import f32, subject_of
 
 GROUPS, ROWS, WIDTH, HIDDEN, EXPERTS = 16, 32, 32, 128, 16

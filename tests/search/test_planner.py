@@ -17,7 +17,6 @@ from rhino_jax.cluster.topology import linked
 from rhino_jax.errors import InfeasibleError, PinError
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.plan import collectives
 from rhino_jax.search import auto, planner
 from rhino_jax.search.auto import plan_search
 from rhino_jax.search.candidates import Wish
@@ -37,6 +36,7 @@ from rhino_jax.search.recipes import RECIPES
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
 from rhino_jax.search.remat_scans import REMATERIALIZE
 from rhino_jax.search.subject import Subject
+from rhino_jax.sent import collectives
 from tests.search.steps import (
     ATTENTION,
     MICROBATCHES,

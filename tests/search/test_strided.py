@@ -12,10 +12,10 @@ import pytest
 
 from rhino_jax.ir.assignment import boundary
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.plan import collectives
 from rhino_jax.rules import rule_of
 from rhino_jax.search.planner import Request, search
 from rhino_jax.search.prices import AlphaBeta
+from rhino_jax.sent import collectives
 from tests.search.steps import f32, subject_of
 
 MESH = Mesh.of(t=4)

@@ -19,11 +19,12 @@ import pytest
 
 import rhino_jax as rhino
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.plan import collectives, make_plan
+from rhino_jax.plan import make_plan
 from rhino_jax.search.planner import Found, Request, search
 from rhino_jax.search.prices import AlphaBeta
 from rhino_jax.search.specs import Spec
 from rhino_jax.search.subject import Subject
+from rhino_jax.sent import collectives
 from tests.search.steps import f32, made, subject_of
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 16, 32, 4096

@@ -42,6 +42,7 @@ from rhino_jax.rules.attention import (
     SUMS,
     VALUE,
     Attention,
+    by_vendor,
     shardable,
 )
 
@@ -192,7 +193,8 @@ class _Here:
             return jnp.broadcast_to(nothing[..., :1], shape), sums
         k, v = (self.part(x, slice(0, columns)) for x in (k, v))
         rest = self.given[BIAS:]
-        out, sums = self.shard.bind(q, k, v, *rest, mask_type=mask, is_training=True)
+        changed = {"mask_type": mask, "is_training": True}
+        out, sums = _bind(self.shard, q, k, v, *rest, **changed)
         wide = self.of_queries(out).astype(accumulating(q.dtype))
         return wide, self.grouped(sums).astype(wide.dtype)
 
@@ -210,7 +212,7 @@ class _Here:
         sums = lax.slice_in_dim(self.given[SUMS], rows.start, rows.stop, axis=2)
         out, cotangent = (self.part(self.given[i], rows) for i in (RESULT, COTANGENT))
         rest = (*self.given[BIAS:SUMS], sums, out, cotangent)
-        dq, *found = self.shard.bind(q, k, v, *rest, mask_type=mask)
+        dq, *found = _bind(self.shard, q, k, v, *rest, mask_type=mask)
         unseen = ((0, 0), (0, 0), (0, others), (0, 0))
         terms = (jnp.pad(self.heads_first(x).astype(wide), unseen) for x in found)
         return self.of_queries(dq).astype(wide), *terms
@@ -242,6 +244,14 @@ class _Here:
     def rounded(self, found: Any) -> Arrays:
         makes = self.shard.makes
         return tuple(x.astype(v.dtype) for x, v in zip(found, makes, strict=False))
+
+
+def _bind(shard: Shard, *args: jax.Array, **changed: Any) -> Any:
+    """The vendor's kernel."""
+    if shard.op.source is not None:
+        return shard.bind(*args, **changed)
+    params = compat.cudnn_params(shard.op.param) | changed
+    return compat.cudnn_bind(shard.op.kind, args, params)
 
 
 def _forward(shard: Shard, *given: jax.Array) -> Any:
@@ -300,8 +310,14 @@ def _once(
                 "is run by cuDNN alone, and there is none here: lower it on a GPU"
             )
         return as_it_stands(shard, *given)
+
+    def vendor(*xs: jax.Array) -> Arrays:
+        found = zip(_bind(shard, *xs), shard.makes, strict=True)
+        return tuple(x.astype(v.dtype) for x, v in found)
+
     split = shard.is_split(QUERIES) or shard.is_split(KEYS)
-    return _by_vendor(not split, lambda *xs: tuple(shard.bind(*xs)), stand_in, given)
+    fits = not split and by_vendor(shard.op)
+    return _by_vendor(fits, vendor, stand_in, given)
 
 
 def _by_vendor(
@@ -389,6 +405,12 @@ def _around_backward(here: _Here) -> blockwise.Gradients:
     return blockwise.Gradients(dq, *ring.hand_on(*home))
 
 
+def _mask(shard: Shard) -> Any:
+    if shard.op.source is not None:
+        return shard.params["mask_type"]
+    return compat.cudnn_params(shard.op.param)["mask_type"]
+
+
 MOST_ROUNDS = 16
 
 
@@ -403,7 +425,7 @@ def _rounds(here: _Here) -> int:
     nested = all(a.stride == b for a, b in zip(digits, spans[1:], strict=False))
     found = whole // spans[0]
     fits = nested and found <= MOST_ROUNDS and here.about.window is None
-    return found if fits else 0
+    return found if fits and by_vendor(shard.op) else 0
 
 
 def _by_rounds(
@@ -415,7 +437,7 @@ def _by_rounds(
     keys. Under a causal mask queries see all earlier runs, and of their own one all, a
     triangle or none, as the other device stands before, with or behind this one.
     """
-    mask, rows = here.shard.params["mask_type"], here.shard.size(SEQUENCE)
+    mask, rows = _mask(here.shard), here.shard.size(SEQUENCE)
     if not here.about.causal:
         return kernel(mask, slice(0, rows), rows)
     every = type(mask)["NO_MASK"]

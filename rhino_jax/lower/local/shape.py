@@ -1,4 +1,7 @@
-"""Shape primitives on a shard: the same, with local sizes."""
+"""Shape primitives on a shard: the same, with local sizes.
+
+Some have no equation: a rewrite of the Program has put them there.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,19 @@ from rhino_jax.lower.local.shard import LocalFn, Shard, as_it_stands
 
 
 def _broadcast_in_dim(shard: Shard, x: jax.Array) -> jax.Array:
+    if shard.op.source is None:
+        dims = shard.op.param["broadcast_dimensions"]
+        return jax.lax.broadcast_in_dim(x, shard.shape(), dims)
     return shard.bind(x, shape=shard.shape(), sharding=None)
 
 
+def _transpose(shard: Shard, x: jax.Array) -> jax.Array:
+    return jax.lax.transpose(x, shard.op.param["permutation"])
+
+
 def _reshape(shard: Shard, x: jax.Array) -> jax.Array:
+    if shard.op.source is None:
+        return jax.lax.reshape(x, shard.shape())
     return shard.bind(x, new_sizes=shard.shape(), sharding=None)
 
 
@@ -30,7 +42,7 @@ def _rematerialize(shard: Shard, *args: jax.Array) -> list[jax.Array]:
 LOCALS: Mapping[str, LocalFn] = {
     "rematerialize": _rematerialize,
     "optimization_barrier": as_it_stands,
-    "transpose": as_it_stands,
+    "transpose": _transpose,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
     "squeeze": as_it_stands,

@@ -1,8 +1,4 @@
-"""The one door to anything JAX does not promise.
-
-Everything private or version-dependent that Rhino touches in JAX is here, so one
-file says what a new JAX release may break.
-"""
+"""Equations and jaxprs: what they hold, how they are bound, rewritten, told apart."""
 
 from __future__ import annotations
 
@@ -16,17 +12,12 @@ from typing import Any
 import jax
 import jax.extend as jex
 import numpy as np
-from jax._src import array, clusters, compiler, core
-from jax._src import distributed as _distributed
+from jax._src import core
 from jax._src import source_info_util as _source
-from jax._src.cudnn import fused_attention_stablehlo as cudnn_attention
-from jax._src.interpreters import mlir
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import lax as lax_internal
-from jax._src.lib import xla_client
 from jax._src.state.discharge import discharge_state
 from jax._src.state.types import RefEffect
-from jaxlib.mlir import ir, passmanager
 
 from rhino_jax.errors import TraceError
 
@@ -35,8 +26,6 @@ try:
 except ImportError:  # jax 0.10
     from jax._src.tree_util import FlatTree
 
-CUDNN_VERSION = 91200
-"""The cuDNN that a machine is taken to have that can not be asked."""
 
 JaxprEqn = jex.core.JaxprEqn
 ClosedJaxpr = jex.core.ClosedJaxpr
@@ -295,205 +284,6 @@ def axes_of(sharding: Any) -> tuple[tuple[str, int], ...]:
 # ---- compile-only (verify/) -------------------------------------------------------
 
 
-StableHloError = ir.MLIRError
-"""What ``parse_stablehlo`` raises."""
-
-
-def module_bytes(lowered: Any) -> bytes:
-    """A lowered program as StableHLO bytecode, source locations kept."""
-    module = lowered.compiler_ir("stablehlo")
-    return bytes(mlir.module_to_bytecode(module))
-
-
-def parse_stablehlo(module: bytes) -> Any:
-    """An MLIR module from StableHLO bytecode or text.
-
-    Raises:
-        StableHloError: it does not parse.
-    """
-    context = mlir.make_ir_context()
-    with context:
-        return ir.Module.parse(module)
-
-
-def run_passes(module: Any, pipeline: str) -> None:
-    """Run a pipeline of MLIR passes over a module, in place."""
-    passmanager.PassManager.parse(pipeline).run(module.operation)
-
-
-def without_locations(module: Any) -> str:
-    """The text of an MLIR module with no source locations in it."""
-    text = module.operation.get_asm(enable_debug_info=False)
-    return str(text)
-
-
-def described_devices(
-    platform: str, topology: str, config: str, host_bounds: Sequence[int]
-) -> list[Any]:
-    """Compile-only devices of a described topology; for "cpu" the local ones."""
-    if platform == "cpu":
-        return list(jax.devices("cpu"))
-    from jax.experimental import topologies  # only children of verify/ need it
-
-    if platform == "tpu":
-        bounds = {"chips_per_host_bounds": tuple(host_bounds)} if host_bounds else {}
-        found = topologies.get_topology_desc(topology, "tpu", **bounds)
-    else:
-        found = topologies.get_topology_desc(
-            "", platform, target_config=config, topology=topology
-        )
-    return list(found.devices)
-
-
-def compile_stablehlo(
-    module: Any, devices: Sequence[Any], options: dict[str, Any]
-) -> Any:
-    """Compile an MLIR module for devices in this order, as ``jax.jit`` would.
-
-    Arguments and results without a sharding of their own may get one from the
-    partitioner, as there. Aliases (donated arguments) are in the module.
-    """
-    order = np.empty((1, len(devices)), object)
-    order[0, :] = devices
-    chosen = compiler.get_compile_options(1, len(devices), order, dict(options))
-    chosen.executable_build_options.allow_spmd_sharding_propagation_to_parameters = (
-        _unsharded(module, "arg_attrs")
-    )
-    chosen.executable_build_options.allow_spmd_sharding_propagation_to_output = (
-        _unsharded(module, "res_attrs")
-    )
-    return compiler.backend_compile_and_load(
-        devices[0].client, module, xla_client.DeviceList(tuple(devices)), chosen, []
-    )
-
-
-def _unsharded(module: Any, attributes: str) -> list[bool]:
-    """For each argument or result of main, whether it comes without a sharding."""
-    main: Any = ir.SymbolTable(module.operation)["main"]
-    kind = main.type
-    count = len(kind.inputs if attributes == "arg_attrs" else kind.results)
-    if attributes not in main.attributes:
-        return [True] * count
-    found: list[Any] = [ir.DictAttr(one) for one in main.attributes[attributes]]
-    return [all(not _is_whole_sharding(entry) for entry in each) for each in found]
-
-
-def _is_whole_sharding(entry: Any) -> bool:
-    """Whether an attribute is a sharding that leaves no dimension open ("?")."""
-    named = entry.name in ("sdy.sharding", "mhlo.sharding")
-    return named and "?" not in str(entry.attr)
-
-
-def partition_count(module: Any) -> int:
-    """For how many devices a StableHLO module is written (1 where it does not say)."""
-    attributes = module.operation.attributes
-    if "mhlo.num_partitions" not in attributes:
-        return 1
-    return int(ir.IntegerAttr(attributes["mhlo.num_partitions"]).value)
-
-
-# ---- random bits (lower/local/random.py) ------------------------------------------
-
-
 def threefry_partitionable(eqn: Any) -> bool:
     """Whether ``eqn`` was traced with ``jax_threefry_partitionable`` on."""
     return bool(eqn.ctx.threefry_partitionable)
-
-
-# ---- attention (trace/, lower/local/attention.py) -----------------------------------
-
-
-def cudnn_runs() -> bool:
-    """Whether this machine has cuDNN and a GPU to run it."""
-    return jax.default_backend() == "gpu" and _cudnn_found()
-
-
-def _cudnn_found() -> bool:
-    try:
-        return bool(cudnn_attention.check_cudnn_version())
-    except RuntimeError:
-        return False
-
-
-@contextlib.contextmanager
-def cudnn_traceable() -> Iterator[None]:
-    """Let ``jax.nn.dot_product_attention(implementation="cudnn")`` be traced here.
-
-    JAX asks for cuDNN's version when it traces, to tell which heads it can do; where
-    there is none it can not plan for machines that have one. It is answered for as long
-    as this lasts, in this thread and others, and only where nothing else would be.
-    """
-    if _cudnn_found():
-        yield
-        return
-    asked = cudnn_attention.check_cudnn_version
-    cudnn_attention.check_cudnn_version = lambda: CUDNN_VERSION
-    try:
-        yield
-    finally:
-        cudnn_attention.check_cudnn_version = asked
-
-
-# ---- several processes (runtime/) -------------------------------------------------
-
-
-def absent(
-    shape: tuple[int, ...], dtype: Any, weak: bool, where: jax.sharding.Sharding
-) -> jax.Array:
-    """An array of which this process holds nothing: all of it is on other devices."""
-    assert not where.addressable_devices, where
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.make_array_from_single_device_arrays(shape, where, [], dtype=dtype)
-    aval = core.ShapedArray(shape, np.dtype(dtype), weak_type=weak)
-    return array.ArrayImpl(aval, where, [], committed=True)
-
-
-@dataclass(frozen=True)
-class KeyValues:
-    """The key-value store that the processes of ``jax.distributed`` share.
-
-    It lives in process 0, and goes with it.
-    """
-
-    client: Any
-
-    def set(self, key: str, value: bytes) -> None:
-        self.client.key_value_set_bytes(key, value, allow_overwrite=True)
-
-    def get(self, key: str, seconds: float) -> bytes | None:
-        """The value, waited for; None where it does not come in time."""
-        try:
-            found = self.client.blocking_key_value_get_bytes(key, int(seconds * 1000))
-            return bytes(found)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                return None
-            raise
-
-    def count(self, key: str) -> int:
-        """How often this was asked for this key."""
-        return int(self.client.key_value_increment(key, 1))
-
-    def under(self, folder: str) -> dict[str, bytes]:
-        """All that is kept under "folder/", by its whole key."""
-        return dict(self.client.key_value_dir_get_bytes(folder))
-
-
-def key_values() -> KeyValues | None:
-    """The store of this run; None where ``jax.distributed`` is not started."""
-    client = _distributed.global_state.client
-    return None if client is None else KeyValues(client)
-
-
-def process_id() -> int:
-    """The rank given to ``jax.distributed``; no backend is started to know it."""
-    return _distributed.global_state.process_id
-
-
-def cluster_detected() -> str:
-    """The launcher by which ``jax.distributed`` finds the other processes ("slurm",
-    "ompi", "k8s", ...); "" where there is none."""
-    for kind in clusters.ClusterEnv._cluster_types:
-        if not kind.opt_in_only_method and kind.is_env_present():
-            return kind.name or kind.__name__
-    return ""
