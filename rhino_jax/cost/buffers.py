@@ -37,18 +37,12 @@ from rhino_jax.cost.instructions import (
 )
 from rhino_jax.cost.simplify import simplified
 from rhino_jax.cost.ticks import pipelined, with_totals
-from rhino_jax.cost.tiles import (
-    Use,
-    flat_bytes,
-    row_values,
-    stored_bytes,
-    window_shapes,
-)
+from rhino_jax.cost.tiles import stored_bytes, window_shapes
 from rhino_jax.ir.assignment import Assignment, Loop, OpPlan, boundary, phases
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, Mesh
 from rhino_jax.ir.program import WAITS, Op, Program, accumulator_dtype, itemsize
-from rhino_jax.ir.steps import ALL_TO_ALL, Move
+from rhino_jax.ir.steps import Move
 
 __all__ = [
     "ACCUMULATE",
@@ -147,8 +141,6 @@ class Unfolding:
     pinned: dict[int, None] = field(default_factory=dict)
     windows: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of what convolutions read and write."""
-    rows: dict[int, frozenset[int]] = field(default_factory=dict)
-    """By Program, its values that are rows of tables."""
     outer: int | None = None
     """The op of the outermost Program that a remat body belongs to."""
 
@@ -159,20 +151,16 @@ class Unfolding:
 
     def new(self, program: Program, value: int, layout: Layout) -> int:
         v = program.values[value]
-        if id(program) not in self.rows:
-            tiled = self.habits.size is not flat_bytes
-            self.rows[id(program)] = row_values(program) if tiled else frozenset()
-        use = Use.ROWS if value in self.rows[id(program)] else None
-        size = self.size(v.shape, v.dtype, layout, use)
+        size = self.size(v.shape, v.dtype, layout)
         name = v.name or f"%{value} {v}"
         self.buffers.append(Buffer(value, size, name, itemsize(v.dtype)))
         return len(self.buffers) - 1
 
-    def size(
-        self, shape: tuple[int, ...], dtype: str, layout: Layout, use: Use | None = None
-    ) -> int:
-        use = use or (Use.WINDOW if shape in self.windows else Use.PLAIN)
-        return stored_bytes(shape, dtype, layout, self.mesh, self.habits.size, use)
+    def size(self, shape: tuple[int, ...], dtype: str, layout: Layout) -> int:
+        of_window = shape in self.windows
+        return stored_bytes(
+            shape, dtype, layout, self.mesh, self.habits.size, of_window
+        )
 
     def constant(self, program: Program, value: int) -> int:
         self.buffers.append(Buffer(value, 0, str(program.values[value])))
@@ -291,11 +279,6 @@ class Unfolding:
             after = self.new(frame.program, move.value, step.target)
             role = ROLES.get(step.kind, OPAQUE)
             pairs = ((now, after),) if step.kind in OVERWRITES else ()
-            value = frame.program.values[move.value]
-            scratch = 0
-            if step.kind == ALL_TO_ALL and self.habits.size is not flat_bytes:
-                # It goes through row-major copies, however short their rows.
-                scratch = self.size(value.shape, value.dtype, step.source, Use.ROWS)
             self.emit(
                 Instruction(
                     step.kind,
@@ -307,7 +290,6 @@ class Unfolding:
                     op,
                     step=step,
                     overwrites=pairs,
-                    workspace_bytes=scratch,
                 )
             )
             now = after

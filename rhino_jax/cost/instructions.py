@@ -94,8 +94,6 @@ class Instruction:
     bodies: tuple[Unfolded, ...] = field(default=(), repr=False)
     trips: int = 1
     overwrites: tuple[tuple[int, int], ...] = ()
-    workspace_bytes: int = 0
-    """Scratch memory while it runs."""
 
     @property
     def where(self) -> Where:

@@ -123,8 +123,6 @@ class Held:
         for i, instruction in enumerate(unfolded.instructions):
             if instruction.kind in WORKSPACE and habits.workspace_bytes:
                 self.inside[i] = habits.workspace_bytes
-            elif instruction.workspace_bytes:
-                self.inside[i] = instruction.workspace_bytes
         end = len(unfolded.instructions)
         change = [0] * (end + 2)
         for buffer, birth in self.born.items():
