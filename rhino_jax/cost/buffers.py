@@ -39,18 +39,12 @@ from rhino_jax.cost.instructions import (
 )
 from rhino_jax.cost.simplify import simplified
 from rhino_jax.cost.ticks import pipelined, with_totals
-from rhino_jax.cost.tiles import (
-    Use,
-    flat_bytes,
-    row_values,
-    stored_bytes,
-    window_shapes,
-)
+from rhino_jax.cost.tiles import stored_bytes, window_shapes
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, phases, whole
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import WAITS, Op, Program, itemsize
-from rhino_jax.ir.steps import ALL_GATHER, ALL_TO_ALL, PASSED, Move
+from rhino_jax.ir.steps import ALL_GATHER, PASSED, Move
 
 __all__ = [
     "ACCUMULATE",
@@ -152,8 +146,6 @@ class Unfolding:
     pinned: dict[int, None] = field(default_factory=dict)
     windows: frozenset[tuple[int, ...]] = frozenset()
     """Shapes of what convolutions read and write."""
-    rows: dict[int, frozenset[int]] = field(default_factory=dict)
-    """By Program, its values that are rows of tables."""
     outer: int | None = None
     """The op of the outermost Program that a remat body belongs to."""
 
@@ -164,20 +156,16 @@ class Unfolding:
 
     def new(self, program: Program, value: int, layout: Layout) -> int:
         v = program.values[value]
-        if id(program) not in self.rows:
-            tiled = self.habits.size is not flat_bytes
-            self.rows[id(program)] = row_values(program) if tiled else frozenset()
-        use = Use.ROWS if value in self.rows[id(program)] else None
-        size = self.size(v.shape, v.dtype, layout, use)
+        size = self.size(v.shape, v.dtype, layout)
         name = v.name or f"%{value} {v}"
         self.buffers.append(Buffer(value, size, name, itemsize(v.dtype)))
         return len(self.buffers) - 1
 
-    def size(
-        self, shape: tuple[int, ...], dtype: str, layout: Layout, use: Use | None = None
-    ) -> int:
-        use = use or (Use.WINDOW if shape in self.windows else Use.PLAIN)
-        return stored_bytes(shape, dtype, layout, self.mesh, self.habits.size, use)
+    def size(self, shape: tuple[int, ...], dtype: str, layout: Layout) -> int:
+        of_window = shape in self.windows
+        return stored_bytes(
+            shape, dtype, layout, self.mesh, self.habits.size, of_window
+        )
 
     def constant(self, program: Program, value: int) -> int:
         self.buffers.append(Buffer(value, 0, str(program.values[value])))
@@ -229,11 +217,6 @@ class Unfolding:
                 self.widen(after, IN_FLIGHT)
             role = ROLES.get(step.kind, OPAQUE)
             pairs = ((now, after),) if step.kind in OVERWRITES else ()
-            value = frame.program.values[move.value]
-            scratch = 0
-            if step.kind == ALL_TO_ALL and self.habits.size is not flat_bytes:
-                # It goes through row-major copies, however short their rows.
-                scratch = self.size(value.shape, value.dtype, step.source, Use.ROWS)
             self.emit(
                 Instruction(
                     step.kind,
@@ -246,7 +229,6 @@ class Unfolding:
                     step=step,
                     overwrites=pairs,
                     within=move.value if move.within else None,
-                    workspace_bytes=scratch,
                 )
             )
             now = after

@@ -99,8 +99,6 @@ class Instruction:
     within: int | None = None
     """Of a step that the product beside it does (see
     :class:`~rhino_jax.ir.steps.Move`): the value that it moves."""
-    workspace_bytes: int = 0
-    """Scratch memory while it runs."""
 
     @property
     def where(self) -> Where:

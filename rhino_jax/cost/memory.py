@@ -121,10 +121,9 @@ class Held:
         }
         self.inside = {i: body.peak_bytes for i, body in self.within.items()}
         for i, instruction in enumerate(unfolded.instructions):
-            own = instruction.extended_bytes + instruction.workspace_bytes
             library = habits.workspace_bytes if instruction.kind in WORKSPACE else 0
-            if own or library:
-                self.inside[i] = own + library
+            if library or instruction.extended_bytes:
+                self.inside[i] = library + instruction.extended_bytes
         end = len(unfolded.instructions)
         change = [0] * (end + 2)
         for buffer, birth in self.born.items():

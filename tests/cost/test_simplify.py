@@ -17,13 +17,11 @@ from rhino_jax.cost.habits import HABITS, Habits
 from rhino_jax.cost.instructions import PLACES
 from rhino_jax.cost.memory import Held, memory
 from rhino_jax.cost.order import gradients_at_end, kept_at_end, side_inputs
-from rhino_jax.cost.tiles import Use, flat_bytes, row_values, tiled_bytes
-from rhino_jax.ir.assignment import Assignment
-from rhino_jax.ir.layout import Layout
+from rhino_jax.cost.tiles import flat_bytes, tiled_bytes
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.steps import ALL_REDUCE, ALL_TO_ALL, Move, Step
+from rhino_jax.ir.steps import ALL_REDUCE
 from rhino_jax.rules import rule_of
-from tests.cost.plans import ONE, f32, planned, program, traced_whole, trained
+from tests.cost.plans import ONE, f32, planned, traced_whole, trained
 
 TPU, GPU, CPU = HABITS["tpu"], HABITS["cuda"], HABITS["cpu"]
 
@@ -133,12 +131,12 @@ def test_a_loop_s_stored_products_wait_for_its_end() -> None:
 def test_tiles_hold_the_array_and_waste_less_than_a_tile_a_row(
     shape: list[int], item_bytes: int
 ) -> None:
-    flat = flat_bytes(tuple(shape), item_bytes, Use.PLAIN)
-    for use in Use:
-        assert tiled_bytes(tuple(shape), item_bytes, use) >= flat
+    flat = flat_bytes(tuple(shape), item_bytes, False)
+    for of_window in (False, True):
+        assert tiled_bytes(tuple(shape), item_bytes, of_window) >= flat
     # A convolution may choose among more orders: never worse.
-    free = tiled_bytes(tuple(shape), item_bytes, Use.WINDOW)
-    assert free <= tiled_bytes(tuple(shape), item_bytes, Use.PLAIN)
+    free = tiled_bytes(tuple(shape), item_bytes, True)
+    assert free <= tiled_bytes(tuple(shape), item_bytes, False)
     full = (*(128 * n for n in shape), 128, 128)
     assert tiled_bytes(full, item_bytes) == math.prod(full) * item_bytes
 
@@ -231,29 +229,3 @@ def test_what_gpus_add_to_products_is_written_once_for_all() -> None:
         }
 
     assert len(written(GPU)) == 1 and not written(CPU)
-
-
-def test_rows_of_tables_are_told_from_what_is_made_of_them() -> None:
-    def looked_up(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = jnp.concatenate([table[ids].astype(jnp.bfloat16)] * 2, axis=0)
-        return rows, rows @ rows.T
-
-    ids = jax.ShapeDtypeStruct((16,), jnp.int32)
-    program, _ = traced_whole(looked_up, f32(100, 8), ids)
-    rows = row_values(program)
-    assert program.outputs[0] in rows and program.outputs[1] not in rows
-    assert rows.isdisjoint(program.inputs)
-
-
-@pytest.mark.parametrize(("habits", "padded"), [(TPU, True), (GPU, False)])
-def test_a_tpu_exchanges_short_rows_in_whole_tiles(
-    habits: Habits, padded: bool
-) -> None:
-    source = Layout.of((), (), [("d", 1)])
-    target = Layout.of([("d", 1)], (), ())
-    move = Move(0, source, target, (Step(ALL_TO_ALL, ("d",), source, target, 0),))
-    moved = Assignment((source,), (target,), (), (move,))
-    found = program([(4096, 8, 128)], (0,), (), (0,))
-    at = unfold(found, moved, Mesh.of(d=16), rule_of, (), habits)
-    (exchange,) = at.instructions
-    assert exchange.workspace_bytes == padded * 4096 * 8 * 128 * 4
