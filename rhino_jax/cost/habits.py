@@ -34,6 +34,9 @@ class Habits:
             () is never.
         size: bytes of an array, given its shape and dtype.
         lane_bytes: what an element takes at least in a kernel that is no product.
+        rearranges: what a collective cuts or puts together along a dimension that is
+            not the first is copied for it; other compilers choose an order of the
+            dimensions in which it need not be.
     """
 
     workspace_bytes: int = 0
@@ -47,6 +50,7 @@ class Habits:
     recomputes: tuple[float, ...] = ()
     size: Size = flat_bytes
     lane_bytes: int = 0
+    rearranges: bool = False
 
     def temporaries_bytes(self, device_bytes: int, fixed_bytes: int) -> int | None:
         """The most that may stand beside inputs and outputs before it recomputes.
@@ -83,6 +87,6 @@ HABITS: Mapping[str, Habits] = {
         size=tiled_bytes,
         lane_bytes=4,
     ),
-    "cpu": PLAIN,
+    "cpu": Habits(rearranges=True),
 }
 """By platform."""

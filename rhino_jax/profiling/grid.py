@@ -37,6 +37,8 @@ from rhino_jax.ir.steps import (
 )
 
 SEED = 5
+FORWARD, OF_IMAGE, OF_FILTER = "", ", for the image", ", for the filter"
+"""What is computed of a convolution."""
 SCOPE = "kernel_"
 """The name scope of a kernel in a program of many, before its number."""
 
@@ -131,9 +133,19 @@ def scattered(width: int, many: int, dtype: str) -> Kernel:
 
 
 def convolution(
-    batch: int, side: int, inside: int, out: int, window: int, stride: int, dtype: str
+    batch: int,
+    side: int,
+    inside: int,
+    out: int,
+    window: int,
+    stride: int,
+    dtype: str,
+    of: str = FORWARD,
 ) -> Kernel:
-    """``[batch, side, side, inside]``, channels last, same padding."""
+    """``[batch, side, side, inside]``, channels last, same padding.
+
+    ``of``: the convolution, or its gradient for the image or for the filter.
+    """
 
     def f(x: Any, w: Any) -> Any:
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -143,10 +155,16 @@ def convolution(
 
     item, after = jnp.dtype(dtype).itemsize, -(-side // stride)
     flops = 2 * batch * after**2 * window**2 * inside * out
+    x, w = (batch, side, side, inside), (window, window, inside, out)
+    y = (batch, after, after, out)
+    functions = {
+        FORWARD: (f, (x, w)),
+        OF_IMAGE: (_gradient(lambda w, x: f(x, w), x), (w, y)),
+        OF_FILTER: (_gradient(f, w), (x, y)),
+    }
     return Kernel(
-        f"convolution {window}x{window}/{stride}",
-        f,
-        ((batch, side, side, inside), (window, window, inside, out)),
+        f"convolution {window}x{window}/{stride}{of}",
+        *functions[of],
         dtype,
         flops,
         item * batch * (side**2 * inside + after**2 * out),
@@ -154,6 +172,17 @@ def convolution(
         CONVOLUTION,
         (flops,),
     )
+
+
+def _gradient(f: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., Any]:
+    """Of ``f(held, x)``, linear in x, the gradient for x of this shape."""
+
+    def run(held: Any, cotangent: Any) -> Any:
+        at = jnp.zeros(shape, cotangent.dtype)
+        _, back = jax.vjp(lambda x: f(held, x), at)
+        return back(cotangent)[0]
+
+    return run
 
 
 def chained(kernels: Sequence[Kernel]) -> Callable[..., list[Any]]:
@@ -181,7 +210,7 @@ class Grid:
     """Sizes to ask for: sides of products, batches and sides of batched ones, bytes.
 
     ``rows``: of the tables of gathers and scatters; ``wire_bytes`` of collectives.
-    ``convolutions``: (batch, side, inside, out, window, stride).
+    ``convolutions``: (batch, side, inside, out, window, stride); ``passes`` of each.
     """
 
     dtypes: tuple[str, ...]
@@ -193,6 +222,7 @@ class Grid:
     width: int
     wire_bytes: tuple[int, ...]
     convolutions: tuple[tuple[int, ...], ...]
+    passes: tuple[str, ...] = (FORWARD,)
 
 
 _RESNET = (
@@ -203,6 +233,7 @@ _RESNET = (
 _SMALL_RESNET = (
     *((2, 32, 3, 16, 3, 1), (2, 32, 16, 16, 3, 1), (8, 32, 16, 16, 3, 1)),
     *((8, 16, 32, 32, 3, 1), (8, 16, 32, 64, 1, 1), (16, 32, 32, 32, 3, 1)),
+    *((8, 8, 64, 64, 3, 1), (8, 8, 64, 256, 1, 1), (8, 8, 128, 128, 3, 2)),
 )
 GRIDS: Mapping[str, Grid] = {
     CUDA: Grid(
@@ -237,6 +268,7 @@ GRIDS: Mapping[str, Grid] = {
         64,
         tuple(4**n for n in range(4, 12)),
         _SMALL_RESNET,
+        (FORWARD, OF_IMAGE, OF_FILTER),
     ),
 }
 
@@ -249,9 +281,9 @@ def kernels(grid: Grid) -> Iterator[Kernel]:
         for b in grid.batches:
             for m, k, n in itertools.product(grid.batched_sides, repeat=3):
                 yield product(m, k, n, dtype, b)
-        for shape in grid.convolutions:
+        for shape, of in itertools.product(grid.convolutions, grid.passes):
             batch, side, inside, out, window, stride = shape
-            yield convolution(batch, side, inside, out, window, stride, dtype)
+            yield convolution(batch, side, inside, out, window, stride, dtype, of)
     for num_bytes in grid.moved_bytes:
         yield from _moving(grid, num_bytes)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +15,13 @@ from rhino_jax.api.profiles import kept_profile, profile_place, profiled
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.profile import MEASURED, Profile
 from rhino_jax.errors import ProfileError
-from rhino_jax.profiling.grid import Grid
+from rhino_jax.profiling.grid import (
+    FORWARD,
+    OF_FILTER,
+    OF_IMAGE,
+    Grid,
+    convolution,
+)
 from rhino_jax.profiling.live import core_seconds
 from rhino_jax.profiling.make import measured_profile
 
@@ -28,6 +36,24 @@ SMALL = Grid(
     wire_bytes=(256, 4096),
     convolutions=((1, 8, 4, 4, 3, 1),),
 )
+
+NO_MALLOPT = 3
+KEEPING = f"""
+import resource, sys
+from rhino_jax.profiling.live import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        bytearray(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+handed_back = faults()
+if not keep_memory():
+    sys.exit({NO_MALLOPT})
+faults()
+print(handed_back, faults())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +85,26 @@ def test_cores_work_for_this_process_or_for_others() -> None:
     began = core_seconds()
     while core_seconds() == began:
         pass  # its own work moves the clock
+
+
+def test_memory_that_is_kept_is_there_again() -> None:
+    """In a process of its own: it is for good. Pages are asked for once, not again."""
+    ran = subprocess.run(
+        [sys.executable, "-c", KEEPING], capture_output=True, text=True, check=False
+    )
+    if ran.returncode == NO_MALLOPT:
+        pytest.skip("the C library is not GNU's")
+    handed_back, kept = map(int, ran.stdout.split())
+    assert kept < handed_back / 10, ran.stderr
+
+
+@pytest.mark.parametrize("of", [FORWARD, OF_IMAGE, OF_FILTER])
+def test_the_gradients_of_a_convolution_are_kernels_too(of: str) -> None:
+    kernel = convolution(2, 6, 3, 4, 3, 2, "float32", of)
+    x, w, y = (2, 6, 6, 3), (3, 3, 3, 4), (2, 3, 3, 4)
+    made = {FORWARD: y, OF_IMAGE: x, OF_FILTER: w}
+    assert jax.eval_shape(kernel.function, *kernel.avals).shape == made[of]
+    assert {*kernel.shapes, made[of]} == {x, w, y}
 
 
 def test_plans_are_priced_with_it(found: Profile, tmp_path: Path) -> None:
