@@ -18,6 +18,7 @@ ends a call early; the next one goes on.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -195,6 +196,7 @@ def timed(kept: Kept, name: str, rounds: int, until: float) -> None:
                 return
             kept.add(name, number, _least(_running(model, text)))
             jax.clear_caches()
+            gc.collect()
 
 
 def _running(model: Model, text: str) -> Callable[[], Any]:
@@ -283,7 +285,7 @@ def show(kept: Kept, models: list[str], by: str) -> bool:
 @click.option("--models", default=",".join(MODELS), show_default=True)
 @click.option("--size", default="small", show_default=True)
 @click.option("--plans", default=PLANS, show_default=True)
-@click.option("--rounds", default=12, show_default=True)
+@click.option("--rounds", default=3, show_default=True)
 @click.option("--seconds", default=1e9, help="Begin no round of plans after so many.")
 @click.option("--by", default="cores", type=click.Choice([*CLOCKS]), show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default="prediction_time")

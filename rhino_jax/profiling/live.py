@@ -170,7 +170,7 @@ def exchange_seconds(
     )
     spec = PartitionSpec(("apart", "group"))
 
-    held = len(devices) * exchange.elements * 4
+    held = len(devices) * (4 * exchange.elements + exchange.sent_bytes)
     count = int(max(1, min(RUNS, HELD_BYTES // held)))
 
     def run(arrays: Sequence[Any]) -> list[Any]:

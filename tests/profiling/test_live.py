@@ -12,15 +12,16 @@ import pytest
 
 import rhino_jax as rhino
 from rhino_jax.api.profiles import kept_profile, profile_place, profiled
+from rhino_jax.cluster.kernels import CONVOLUTION
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.profile import MEASURED, Profile
 from rhino_jax.errors import ProfileError
 from rhino_jax.profiling.grid import (
-    FORWARD,
     OF_FILTER,
-    OF_IMAGE,
     Grid,
+    Kernel,
     convolution,
+    pointwise,
 )
 from rhino_jax.profiling.live import core_seconds
 from rhino_jax.profiling.make import measured_profile
@@ -35,6 +36,7 @@ SMALL = Grid(
     width=8,
     wire_bytes=(256, 4096),
     convolutions=((1, 8, 4, 4, 3, 1),),
+    pointwise=((16, 64), (16, 64), (8,)),
 )
 
 NO_MALLOPT = 3
@@ -74,6 +76,8 @@ def found() -> Profile:
 def test_it_is_a_profile(found: Profile) -> None:
     assert (found.device, found.made) == ("cpu", MEASURED)
     assert Profile.from_json(found.to_json()) == found
+    shares = {one.kind: one.shares for one in found.curves}
+    assert len(shares[CONVOLUTION]) == 4, "a share a size"
     kinds = {one.fit.kind for one in found.collectives}
     assert len(kinds) == 5 and {one.fit.count for one in found.collectives} == {2}
     assert dict(found.figures)["f32_flops_per_second"] > 1e5
@@ -98,13 +102,20 @@ def test_memory_that_is_kept_is_there_again() -> None:
     assert kept < handed_back / 10, ran.stderr
 
 
-@pytest.mark.parametrize("of", [FORWARD, OF_IMAGE, OF_FILTER])
-def test_the_gradients_of_a_convolution_are_kernels_too(of: str) -> None:
-    kernel = convolution(2, 6, 3, 4, 3, 2, "float32", of)
-    x, w, y = (2, 6, 6, 3), (3, 3, 3, 4), (2, 3, 3, 4)
-    made = {FORWARD: y, OF_IMAGE: x, OF_FILTER: w}
-    assert jax.eval_shape(kernel.function, *kernel.avals).shape == made[of]
-    assert {*kernel.shapes, made[of]} == {x, w, y}
+@pytest.mark.parametrize(
+    ("kernel", "made"),
+    [
+        (convolution(2, 6, 3, 4, 3, 2, "float32"), (2, 3, 3, 4)),
+        (convolution(2, 6, 3, 4, 3, 2, "float32", OF_FILTER), (3, 3, 3, 4)),
+        (pointwise(256, 16, 8, "float32"), (4, 8, 8, 8)),
+        (pointwise(16, 256, 8, "float32"), (1, 1, 16, 8)),
+    ],
+)
+def test_a_convolution_is_a_product(kernel: Kernel, made: tuple[int, ...]) -> None:
+    found = jax.eval_shape(kernel.function, *kernel.avals)
+    assert found.shape == made
+    m, k, n = map(int, kernel.size)
+    assert kernel.flops == 2 * m * k * n and found.size == m * n
 
 
 def test_plans_are_priced_with_it(found: Profile, tmp_path: Path) -> None:
