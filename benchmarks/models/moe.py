@@ -56,7 +56,9 @@ class Config:
 
 SIZES = {
     "tiny": Config(128, 64, 128, 8, layers=2, experts=8, group=32, seq=16, batch=16),
-    "small": Config(512, 128, 256, 8, layers=2, experts=8, group=128, seq=64, batch=16),
+    "small": Config(
+        512, 256, 512, 8, layers=2, experts=8, group=128, seq=128, batch=16
+    ),
     "medium": Config(
         8192, 1024, 2048, 16, layers=4, experts=16, group=256, seq=256, batch=64
     ),

@@ -43,7 +43,7 @@ class Config:
 
 SIZES = {
     "tiny": Config(32, 16, (1, 1), classes=16, batch=16, activation=nn.silu),
-    "small": Config(32, 32, (1, 1), classes=64, batch=32, activation=nn.relu),
+    "small": Config(32, 64, (1, 1), classes=64, batch=64, activation=nn.relu),
     "medium": Config(64, 64, (1, 1), classes=1024, batch=64, activation=nn.relu),
     "large": Config(224, 64, (3, 4, 6, 3), 1000, batch=256, activation=nn.relu),
     "one image": Config(2048, 64, (3, 4, 6, 3), 1000, batch=1, activation=nn.relu),

@@ -12,8 +12,10 @@ from rich.table import Table
 
 from rhino_jax.api.cache import folder_of
 from rhino_jax.api.profiles import profile_place
+from rhino_jax.cluster.hardware import CPU
 from rhino_jax.cluster.profile import Profile
 from rhino_jax.options import Options
+from rhino_jax.profiling.live import keep_memory
 from rhino_jax.profiling.make import compiled_profile, measured_profile
 
 
@@ -41,6 +43,8 @@ def profile(name: str, out: Path | None, simulated: int) -> None:
             place = out or Path(f"{name}.compile-only.json")
         else:
             devices = jax.devices()
+            if devices[0].platform == CPU:
+                keep_memory()
             found = measured_profile(devices, told)
             folder = folder_of(Options())
             assert folder is not None, "the default folder"

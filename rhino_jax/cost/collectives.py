@@ -27,6 +27,9 @@ Over links of several speeds:
 An all-to-all over a torus dimension is bound by the wires across its middle. What a
 profile says of a kind over a link (:class:`~rhino_jax.cluster.topology.Fit`) takes the
 place of ring and tree over that link.
+
+A collective works on pieces that lie one after another. On simulated devices those of a
+dimension that is not the first are copied to and fro (``habits.rearranges``).
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ import math
 from collections.abc import Callable, Mapping
 
 from rhino_jax.cluster.topology import Cluster, Crossing, Link, crossing
+from rhino_jax.cost.compute import memory_seconds
+from rhino_jax.cost.habits import HABITS
+from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TORUS, Mesh
 from rhino_jax.ir.steps import (
     ALL_GATHER,
@@ -56,7 +62,31 @@ def step_seconds(step: Step, mesh: Mesh, cluster: Cluster) -> float:
     if step.kind in FREE or not step.wire_bytes:
         return 0.0
     crossed = crossing(cluster, mesh, step.axes)
-    return collective_seconds(step.kind, step.wire_bytes, crossed)
+    seconds = collective_seconds(step.kind, step.wire_bytes, crossed)
+    if HABITS[cluster.device.platform].rearranges:
+        size = mesh.group_size(step.axes)
+        whole = step.wire_bytes * size / (size - 1)
+        seconds += rearranged(step) * memory_seconds(2 * whole, cluster.device)
+    return seconds
+
+
+def rearranged(step: Step) -> int:
+    """How often a step's array is copied because its pieces do not lie one after
+    another: before, after, or both.
+
+    >>> rows, columns = Layout.of([("x", 4)], []), Layout.of([], [("x", 4)])
+    >>> moves = (rows, Layout.replicated(2)), (columns, Layout.replicated(2))
+    >>> [rearranged(Step(ALL_GATHER, ("x",), *move, 8)) for move in moves]
+    [0, 1]
+    """
+    if step.kind == PERMUTE:
+        return 0
+    return sum(_inside(step, layout) for layout in (step.source, step.target))
+
+
+def _inside(step: Step, layout: Layout) -> bool:
+    """Whether the step's axes split a dimension that is not the first."""
+    return any(split.axis in step.axes for dim in layout.dims[1:] for split in dim)
 
 
 def collective_seconds(kind: str, wire_bytes: int, crossed: Crossing) -> float:

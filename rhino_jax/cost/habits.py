@@ -36,6 +36,9 @@ class Habits:
         size: bytes of an array, given its shape and dtype.
         sends_beside: a shard that is handed on travels while a product works.
         lane_bytes: what an element takes at least in a kernel that is no product.
+        rearranges: what a collective cuts or puts together along a dimension that is
+            not the first is copied for it; other compilers choose an order of the
+            dimensions in which it need not be.
     """
 
     workspace_bytes: int = 0
@@ -51,6 +54,7 @@ class Habits:
     size: Size = flat_bytes
     lane_bytes: int = 0
     sends_beside: bool = False
+    rearranges: bool = False
 
     def temporaries_bytes(self, device_bytes: int, fixed_bytes: int) -> int | None:
         """The most that may stand beside inputs and outputs before it recomputes.
@@ -89,6 +93,6 @@ HABITS: Mapping[str, Habits] = {
         size=tiled_bytes,
         lane_bytes=4,
     ),
-    "cpu": PLAIN,
+    "cpu": Habits(rearranges=True),
 }
 """By platform."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -68,10 +69,11 @@ def _gridded(kind: str, dtype: str, group: list[Sample], device: Device) -> Curv
     for kernel, seconds in group:
         at[tuple(map(float, kernel.size))].append(share_of(kernel, seconds, device))
     shares = {size: statistics.median(found) for size, found in at.items()}
-    if kind == CONVOLUTION:  # its operations do not order its kernels: one share
+    axes = tuple(tuple(sorted(set(axis))) for axis in zip(*shares, strict=True))
+    if kind == CONVOLUTION and len(shares) < math.prod(map(len, axes)):
+        # A model's convolutions, which fill no grid: one share.
         middle = statistics.median(shares.values())
         return Curve(kind, dtype, (), (_short(middle),))
-    axes = tuple(tuple(sorted(set(axis))) for axis in zip(*shares, strict=True))
     assert len(axes) == AXES.get(kind, 1), (kind, axes)
     filled = []
     for size in itertools.product(*axes):

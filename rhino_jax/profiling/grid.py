@@ -37,6 +37,8 @@ from rhino_jax.ir.steps import (
 )
 
 SEED = 5
+FORWARD, OF_FILTER = "", ", gradient of the filter"
+"""What is computed of a convolution."""
 SCOPE = "kernel_"
 """The name scope of a kernel in a program of many, before its number."""
 
@@ -131,9 +133,20 @@ def scattered(width: int, many: int, dtype: str) -> Kernel:
 
 
 def convolution(
-    batch: int, side: int, inside: int, out: int, window: int, stride: int, dtype: str
+    batch: int,
+    side: int,
+    inside: int,
+    out: int,
+    window: int,
+    stride: int,
+    dtype: str,
+    of: str = FORWARD,
 ) -> Kernel:
-    """``[batch, side, side, inside]``, channels last, same padding."""
+    """``[batch, side, side, inside]``, channels last, same padding.
+
+    ``of``: the convolution, or its gradient for the filter. The size is that of the
+    product that it is.
+    """
 
     def f(x: Any, w: Any) -> Any:
         numbers = ("NHWC", "HWIO", "NHWC")
@@ -142,18 +155,41 @@ def convolution(
         )
 
     item, after = jnp.dtype(dtype).itemsize, -(-side // stride)
-    flops = 2 * batch * after**2 * window**2 * inside * out
+    x, w = (batch, side, side, inside), (window, window, inside, out)
+    made = (batch, after, after, out)
+    pixels, taps = batch * after**2, window**2 * inside
+    forward = of == FORWARD
     return Kernel(
-        f"convolution {window}x{window}/{stride}",
-        f,
-        ((batch, side, side, inside), (window, window, inside, out)),
+        f"convolution {window}x{window}/{stride}{of}",
+        f if forward else _gradient(f, w),
+        (x, w if forward else made),
         dtype,
-        flops,
-        item * batch * (side**2 * inside + after**2 * out),
+        2 * pixels * taps * out,
+        item * (math.prod(x) + math.prod(made)),
         (),
         CONVOLUTION,
-        (flops,),
+        (pixels, taps, out) if forward else (taps, pixels, out),
     )
+
+
+def pointwise(m: int, k: int, n: int, dtype: str) -> Kernel:
+    """A 1 x 1 convolution that is the product ``[m, k] @ [k, n]``: of ``m`` pixels, or,
+    where those that are added up are more, the gradient of a filter."""
+    pixels, inside, of = (m, k, FORWARD) if m >= k else (k, m, OF_FILTER)
+    side = 8 if pixels >= 64 else 4
+    assert pixels % side**2 == 0, pixels
+    return convolution(pixels // side**2, side, inside, n, 1, 1, dtype, of)
+
+
+def _gradient(f: Callable[..., Any], shape: tuple[int, ...]) -> Callable[..., Any]:
+    """Of ``f(held, x)``, linear in x of this shape, the gradient for x."""
+
+    def run(held: Any, cotangent: Any) -> Any:
+        at = jnp.zeros(shape, cotangent.dtype)
+        _, back = jax.vjp(lambda x: f(held, x), at)
+        return back(cotangent)[0]
+
+    return run
 
 
 def chained(kernels: Sequence[Kernel]) -> Callable[..., list[Any]]:
@@ -181,7 +217,9 @@ class Grid:
     """Sizes to ask for: sides of products, batches and sides of batched ones, bytes.
 
     ``rows``: of the tables of gathers and scatters; ``wire_bytes`` of collectives.
-    ``convolutions``: (batch, side, inside, out, window, stride).
+    ``convolutions``: (batch, side, inside, out, window, stride). Where there are
+    ``pointwise`` sides (rows, contracted, columns), these make the curve and the
+    others judge it.
     """
 
     dtypes: tuple[str, ...]
@@ -193,6 +231,7 @@ class Grid:
     width: int
     wire_bytes: tuple[int, ...]
     convolutions: tuple[tuple[int, ...], ...]
+    pointwise: tuple[tuple[int, ...], ...] = ()
 
 
 _RESNET = (
@@ -203,6 +242,7 @@ _RESNET = (
 _SMALL_RESNET = (
     *((2, 32, 3, 16, 3, 1), (2, 32, 16, 16, 3, 1), (8, 32, 16, 16, 3, 1)),
     *((8, 16, 32, 32, 3, 1), (8, 16, 32, 64, 1, 1), (16, 32, 32, 32, 3, 1)),
+    *((8, 8, 64, 64, 3, 1), (8, 8, 64, 256, 1, 1), (8, 8, 128, 128, 3, 2)),
 )
 GRIDS: Mapping[str, Grid] = {
     CUDA: Grid(
@@ -235,8 +275,9 @@ GRIDS: Mapping[str, Grid] = {
         tuple(4**n for n in range(5, 13)),
         4096,
         64,
-        tuple(4**n for n in range(4, 12)),
+        tuple(4**n for n in range(4, 13)),
         _SMALL_RESNET,
+        ((16, 128, 1024, 4096), (16, 128, 1024, 4096), (8, 64, 256)),
     ),
 }
 
@@ -249,11 +290,18 @@ def kernels(grid: Grid) -> Iterator[Kernel]:
         for b in grid.batches:
             for m, k, n in itertools.product(grid.batched_sides, repeat=3):
                 yield product(m, k, n, dtype, b)
-        for shape in grid.convolutions:
-            batch, side, inside, out, window, stride = shape
-            yield convolution(batch, side, inside, out, window, stride, dtype)
+        if grid.pointwise:
+            for m, k, n in itertools.product(*grid.pointwise):
+                yield pointwise(m, k, n, dtype)
+        else:
+            yield from _convolutions(grid, dtype)
     for num_bytes in grid.moved_bytes:
         yield from _moving(grid, num_bytes)
+
+
+def _convolutions(grid: Grid, dtype: str) -> Iterator[Kernel]:
+    for batch, side, inside, out, window, stride in grid.convolutions:
+        yield convolution(batch, side, inside, out, window, stride, dtype)
 
 
 def _moving(grid: Grid, num_bytes: int) -> Iterator[Kernel]:
@@ -284,6 +332,8 @@ def others(grid: Grid, count: int = 12, seed: int = SEED) -> tuple[Kernel, ...]:
         for _ in range(count // 2):
             m, k, n = (between(grid.batched_sides) for _ in "mkn")
             found.append(product(m, k, n, dtype, between(grid.batches)))
+        if grid.pointwise:
+            found.extend(_convolutions(grid, dtype))
     for _ in range(count // 3):
         found.extend(_moving(grid, between(grid.moved_bytes)))
     return tuple(found)

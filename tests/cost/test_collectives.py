@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.topology import Crossing, Fit, Link, crossing
 from rhino_jax.cost.collectives import collective_seconds, step_seconds
+from rhino_jax.cost.compute import memory_seconds
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME, TORUS, Mesh
 from rhino_jax.ir.steps import (
@@ -239,3 +240,27 @@ def test_the_time_axis_crosses_nothing() -> None:
     term = whole.with_partial(TIME, "sum")
     step = Step(ALL_REDUCE, (TIME,), term, whole, 10**9)
     assert step_seconds(step, mesh, cluster) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "target", "copies"),
+    [
+        (ALL_GATHER, ([("x", 8)], []), ([], []), 0),
+        (ALL_GATHER, ([], [("x", 8)]), ([], []), 1),
+        (REDUCE_SCATTER, ([], []), ([], [("x", 8)]), 1),
+        (ALL_TO_ALL, ([("x", 8)], []), ([], [("x", 8)]), 1),
+        (ALL_TO_ALL, ([("y", 1)], [("x", 8)]), ([("y", 1)], [("x", 1)]), 2),
+        (ALL_REDUCE, ([], [("y", 8)]), ([], [("y", 8)]), 0),
+    ],
+)
+def test_simulated_devices_copy_what_does_not_lie_together(
+    kind: str, source: tuple[object, ...], target: tuple[object, ...], copies: int
+) -> None:
+    mesh = Mesh.of(x=4, y=2)
+    step = Step(kind, ("x",), Layout.of(*source), Layout.of(*target), 3000)  # type: ignore[arg-type]
+    for name, times in (("cpu:8", copies), ("h100:1x8", 0)):
+        cluster = parse_cluster(name)
+        crossed = crossing(cluster, mesh, ("x",))
+        bare = collective_seconds(kind, 3000, crossed)
+        copied = memory_seconds(2 * 4000, cluster.device)  # read and written
+        assert step_seconds(step, mesh, cluster) == SECONDS(bare + times * copied)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,10 +12,17 @@ import pytest
 
 import rhino_jax as rhino
 from rhino_jax.api.profiles import kept_profile, profile_place, profiled
+from rhino_jax.cluster.kernels import CONVOLUTION
 from rhino_jax.cluster.parse import parse_cluster
 from rhino_jax.cluster.profile import MEASURED, Profile
 from rhino_jax.errors import ProfileError
-from rhino_jax.profiling.grid import Grid
+from rhino_jax.profiling.grid import (
+    OF_FILTER,
+    Grid,
+    Kernel,
+    convolution,
+    pointwise,
+)
 from rhino_jax.profiling.live import core_seconds
 from rhino_jax.profiling.make import measured_profile
 
@@ -27,7 +36,26 @@ SMALL = Grid(
     width=8,
     wire_bytes=(256, 4096),
     convolutions=((1, 8, 4, 4, 3, 1),),
+    pointwise=((16, 64), (16, 64), (8,)),
 )
+
+NO_MALLOPT = 3
+KEEPING = f"""
+import resource, sys
+from rhino_jax.profiling.live import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        bytearray(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+handed_back = faults()
+if not keep_memory():
+    sys.exit({NO_MALLOPT})
+faults()
+print(handed_back, faults())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +76,8 @@ def found() -> Profile:
 def test_it_is_a_profile(found: Profile) -> None:
     assert (found.device, found.made) == ("cpu", MEASURED)
     assert Profile.from_json(found.to_json()) == found
+    shares = {one.kind: one.shares for one in found.curves}
+    assert len(shares[CONVOLUTION]) == 4, "a share a size"
     kinds = {one.fit.kind for one in found.collectives}
     assert len(kinds) == 5 and {one.fit.count for one in found.collectives} == {2}
     assert dict(found.figures)["f32_flops_per_second"] > 1e5
@@ -59,6 +89,33 @@ def test_cores_work_for_this_process_or_for_others() -> None:
     began = core_seconds()
     while core_seconds() == began:
         pass  # its own work moves the clock
+
+
+def test_memory_that_is_kept_is_there_again() -> None:
+    """In a process of its own: it is for good. Pages are asked for once, not again."""
+    ran = subprocess.run(
+        [sys.executable, "-c", KEEPING], capture_output=True, text=True, check=False
+    )
+    if ran.returncode == NO_MALLOPT:
+        pytest.skip("the C library is not GNU's")
+    handed_back, kept = map(int, ran.stdout.split())
+    assert kept < handed_back / 10, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("kernel", "made"),
+    [
+        (convolution(2, 6, 3, 4, 3, 2, "float32"), (2, 3, 3, 4)),
+        (convolution(2, 6, 3, 4, 3, 2, "float32", OF_FILTER), (3, 3, 3, 4)),
+        (pointwise(256, 16, 8, "float32"), (4, 8, 8, 8)),
+        (pointwise(16, 256, 8, "float32"), (1, 1, 16, 8)),
+    ],
+)
+def test_a_convolution_is_a_product(kernel: Kernel, made: tuple[int, ...]) -> None:
+    found = jax.eval_shape(kernel.function, *kernel.avals)
+    assert found.shape == made
+    m, k, n = map(int, kernel.size)
+    assert kernel.flops == 2 * m * k * n and found.size == m * n
 
 
 def test_plans_are_priced_with_it(found: Profile, tmp_path: Path) -> None:
