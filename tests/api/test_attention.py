@@ -46,7 +46,7 @@ def plain_attention(q: Any, k: Any, v: Any) -> Any:
 
 def fused_attention(q: Any, k: Any, v: Any) -> Any:
     """What ``implementation="cudnn"`` asks for, in a dtype that cuDNN has not."""
-    kernel, none = compat.cudnn_attention, jnp.zeros(0, q.dtype)
+    kernel, none = compat.cudnn.cudnn_attention, jnp.zeros(0, q.dtype)
     causal, scale = kernel.MaskType.CAUSAL, DEPTH**-0.5
     fixed = (scale, 42, 0.0, (False, False), causal, 0, None, compat.CUDNN_VERSION)
     found: Any = kernel._dot_product_attention(q, k, v, *[none] * 7, *fixed, False)

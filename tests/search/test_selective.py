@@ -100,17 +100,20 @@ def test_some_recomputed_is_equal_to_the_undecorated_step(
 ) -> None:
     rng = np.random.default_rng(0)
     state, batch = jax.tree.map(lambda s: rng.normal(size=s.shape) / 16, shapes())
-    none = rhino.plan(train_step, state, batch, cache_dir="", remat="none")
-    every = rhino.plan(train_step, state, batch, cache_dir="", remat="boundary")
+    # On several devices a price for memory may do as well.
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1], object), ("x",))
+    asked: dict[str, Any] = {"mesh": one, "cache_dir": ""}
+    none = rhino.plan(train_step, state, batch, remat="none", **asked)
+    every = rhino.plan(train_step, state, batch, remat="boundary", **asked)
     assert none.predicted is not None and every.predicted is not None
     limit = (none.predicted.peak_bytes + every.predicted.peak_bytes) // 2
-    some = rhino.plan(train_step, state, batch, cache_dir="", memory_limit_bytes=limit)
+    some = rhino.plan(train_step, state, batch, memory_limit_bytes=limit, **asked)
     ((segments, _),) = some.plan.remat
     assert segments != "*"
     some.save(tmp_path / "plan.json")
-    step = rhino.auto_parallel(plan=str(tmp_path / "plan.json"), donate=False)(
-        train_step
-    )
+    step = rhino.auto_parallel(
+        plan=str(tmp_path / "plan.json"), mesh=one, donate=False
+    )(train_step)
     found, loss = step(state, batch)
     expected, its_loss = jax.jit(train_step)(state, batch)
     np.testing.assert_allclose(loss, its_loss, rtol=1e-12)
