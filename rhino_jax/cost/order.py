@@ -29,10 +29,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rhino_jax.cost.buffers import Unfolded
-from rhino_jax.cost.instructions import ADDS, PRODUCTS, STORE, Instruction
+from rhino_jax.cost.instructions import (
+    ADDS,
+    CONVERTS,
+    PRODUCTS,
+    STORE,
+    Instruction,
+)
 from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
 
-CONVERTS = frozenset(("convert_element_type",))
 COMBINED = frozenset((ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER))
 
 
