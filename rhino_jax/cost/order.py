@@ -36,7 +36,7 @@ from rhino_jax.cost.instructions import (
     STORE,
     Instruction,
 )
-from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
+from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, FREE, REDUCE_SCATTER
 
 COMBINED = frozenset((ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER))
 
@@ -163,6 +163,7 @@ def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
     products = [i for i, x in enumerate(unfolded.instructions) if x.kind in PRODUCTS]
     last = products[-1] if products else -1
     held = {*unfolded.pinned}
+    totals = _added_up(unfolded)
     found: dict[int, int] = {}
     for index, instruction in enumerate(unfolded.instructions):
         if not _multiplies_matrices(instruction):
@@ -176,10 +177,25 @@ def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
             (made,) = unfolded.instructions[reader].writes
             reader = _only_reader(unfolded, made)
         reduced = any(unfolded.instructions[i].kind in COMBINED for i in chain)
+        reduced |= reader is not None and reader in totals
         after = min(unfolded.readers[made], default=-1) > last
         if reduced and after and made not in held:
             found.update(dict.fromkeys(chain, last))
     return found
+
+
+def _added_up(body: Unfolded) -> frozenset[int]:
+    """Where a body adds to its carries, if it moves anything between devices."""
+    if all(x.step is None or x.kind in FREE for x in body.instructions):
+        return frozenset()
+    pairs = ((body.inputs[i], body.outputs[o]) for i, o in body.same)
+    return frozenset(
+        body.writer[after]
+        for before, after in pairs
+        if body.writer[after] >= 0
+        and body.instructions[body.writer[after]].kind in ADDS
+        and before in body.instructions[body.writer[after]].reads
+    )
 
 
 def _multiplies_matrices(instruction: Instruction) -> bool:
