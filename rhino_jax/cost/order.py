@@ -16,7 +16,8 @@ gradient of a tied embedding is kept until the look-up's gradient is there too.
 
 **Gradients of weights.** Nothing waits for them but a reduction over devices, and for
 that the optimizer: they run last, and all that they read stands until then. (With
-nothing to reduce they run as soon as they can.)
+nothing to reduce they run as soon as they can.) In a loop over microbatches those that
+are added to an accumulator run at its end, if anything moves between devices in it.
 
 **Products that a loop stores.** They run at the end of its body.
 
@@ -155,7 +156,8 @@ def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
 def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
     """Matrix products to be reduced that no product waits for -> the last product.
 
-    The gradients of weights, where they are reduced over devices: what follows them
+    The gradients of weights, where they are reduced over devices or added up by a loop
+    over microbatches that moves anything between devices: what follows them
     (the optimizer) follows all products. Conversions and reductions between run there
     too. A barrier keeps its place, and so do convolutions of larger filters, which were
     seen to run as soon as they can.

@@ -12,8 +12,8 @@ to the backward pass.
 
 **Zeros that are scattered into and selected.** Equal arrays are one. On a GPU the zeros
 that an optimizer selects (``where(sum > 0, rsqrt(sum), 0)`` of adagrad) are those that
-the gradient of a look-up is scattered into, so they are written, once for all that are
-alike, and with them a copy for each scatter. Their kernel reads nothing, and was seen to
+the gradient of a look-up is scattered into. So they are written, once for all that are
+alike, and a copy of them for each scatter. Their kernel reads nothing, and was seen to
 run as the backward pass begins.
 
 **What is added to a product.** cuBLAS adds a whole matrix as it multiplies
@@ -93,6 +93,7 @@ def _zeros(unfolded: Unfolded, buffer: int) -> bool:
 
 
 def _with_zeros(unfolded: Unfolded) -> Unfolded:
+    """Zeros that are selected and scattered into: early, with a copy each."""
     scatters = {
         one.reads[0]: index
         for index, one in enumerate(unfolded.instructions)
@@ -106,13 +107,13 @@ def _with_zeros(unfolded: Unfolded) -> Unfolded:
     shared = {b: i for b, i in scatters.items() if _alike(unfolded, b) in selected}
     if not shared:
         return unfolded
-    first = min(_backward_from(unfolded), *shared.values())
     early: dict[int, int] = {}  # instruction -> what it writes
     stands_for: dict[int, int] = {}
     for buffer in shared:
-        one, *others = selected[_alike(unfolded, buffer)]
-        stands_for.update(dict.fromkeys(others, one))
-        early |= {unfolded.writer[b]: b for b in (one, buffer)}
+        zeros, *others = selected[_alike(unfolded, buffer)]
+        stands_for.update(dict.fromkeys(others, zeros))
+        early |= {unfolded.writer[b]: b for b in (zeros, buffer)}
+    first = min(_backward_from(unfolded), *shared.values(), *early)
     instructions: list[Instruction] = []
     for index, one in enumerate(unfolded.instructions):
         if index == first:
@@ -154,8 +155,7 @@ def _filled(unfolded: Unfolded, buffer: int) -> bool:
 
 def _alike(unfolded: Unfolded, buffer: int) -> tuple[object, ...]:
     held = unfolded.buffers[buffer]
-    one = unfolded.instructions[unfolded.writer[buffer]]
-    (value,) = one.program.result_values(one.op)
+    value = unfolded.instructions[unfolded.writer[buffer]].program.values[held.value]
     return value.shape, value.dtype, held.num_bytes
 
 
