@@ -1,7 +1,8 @@
 """The loop over microbatches as one device carries it out.
 
 Its body's ops are ops of the Program itself; its carries are the accumulators, narrow
-ones in float32.
+ones in float32. Where rows are looked up and only then converted, a TPU's compiler
+converts the whole table ahead of the loop (``habits.tables_ahead``).
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def accumulated(
         for at, (v, layout) in zip(body.inputs, used, strict=False)
         if body.readers[at] or at in body.outputs
     ]
+    if work.habits.tables_ahead:
+        reads += _tables_ahead(work, frame, body, used, place)
     pairs = []
     for move in leaving:
         made = _total(work, program, move, loop.trips)
@@ -71,6 +74,41 @@ def accumulated(
         if move not in leaving:
             made_by = program.ops[program.producer[move.value]]
             work.move(frame, move, place, made_by)
+
+
+def _tables_ahead(
+    work: Unfolding,
+    frame: Frame,
+    body: Unfolded,
+    used: list[tuple[int, Layout]],
+    place: int,
+) -> list[int]:
+    """Narrow copies of the tables whose rows every turn looks up and converts."""
+    given = dict(zip(body.inputs, used, strict=False))
+    narrow: dict[int, float] = {}
+    for one in body.instructions:
+        if one.kind != "gather" or one.reads[0] not in given or one.step is not None:
+            continue
+        readers = [body.instructions[i] for i in body.readers[one.writes[0]]]
+        if len(readers) == 1 and readers[0].kind == "convert_element_type":
+            (made,) = readers[0].writes
+            narrow[one.reads[0]] = body.buffers[made].item_bytes
+    copies = []
+    for table, item_bytes in narrow.items():
+        value, layout = given[table]
+        wide = work.buffers[frame.versions[value][layout]]
+        share = item_bytes / wide.item_bytes
+        if share >= 1:
+            continue
+        size = round(share * wide.num_bytes)
+        work.buffers.append(Buffer(value, size, f"{wide.name}, converted", item_bytes))
+        copies.append(len(work.buffers) - 1)
+        read = (frame.versions[value][layout],)
+        convert = "convert_element_type"
+        work.emit(
+            Instruction(convert, OPAQUE, read, (copies[-1],), frame.program, place)
+        )
+    return copies
 
 
 def _total(work: Unfolding, program: Program, move: Move, trips: int) -> int:

@@ -13,7 +13,8 @@ The rule used here, for a buffer that a *fused* instruction makes:
 4. several read it, and it is dear to make (``habits.dear``): it is written.
 
 On a TPU a product or convolution counts as a fused reader (``habits.products_fuse``):
-it makes what it reads as it goes.
+it makes what it reads as it goes. What is put together of several arrays it does not:
+that is written (the stack of looked-up rows before their products with one another).
 
 What is not written is made again where it is read, so what *it* is made of must still
 be there: a saved ``gelu(x)`` that is never written keeps ``x`` instead.
@@ -66,10 +67,16 @@ def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
         at = unfolded.writer[buffer]
         return at >= 0 and unfolded.instructions[at].constant is not None
 
+    def stacked(buffer: int) -> bool:
+        at = unfolded.writer[buffer]
+        return at >= 0 and unfolded.instructions[at].kind == "stack"
+
     for instruction in unfolded.instructions:
         fuses = habits.products_fuse and instruction.kind in PRODUCTS
         if fuses:
             multiplied.update(instruction.reads)
+            for buffer in instruction.reads:
+                demanded[buffer] |= stacked(buffer)
         elif instruction.role == OPAQUE:
             for buffer in instruction.reads:
                 demanded[buffer] |= not (instruction.bodies and constant(buffer))

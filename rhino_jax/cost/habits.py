@@ -35,6 +35,8 @@ class Habits:
             () is never.
         size: bytes of an array, given its shape and dtype.
         sends_beside: a shard that is handed on travels while a product works.
+        tables_ahead: tables whose rows a loop over microbatches looks up, and converts
+            to a narrower type, are converted ahead of the loop.
         lane_bytes: what an element takes at least in a kernel that is no product.
         rearranges: what a collective cuts or puts together along a dimension that is
             not the first is copied for it; other compilers choose an order of the
@@ -54,6 +56,7 @@ class Habits:
     size: Size = flat_bytes
     lane_bytes: int = 0
     sends_beside: bool = False
+    tables_ahead: bool = False
     rearranges: bool = False
 
     def temporaries_bytes(self, device_bytes: int, fixed_bytes: int) -> int | None:
@@ -89,6 +92,7 @@ HABITS: Mapping[str, Habits] = {
         late_products=True,
         sends_beside=True,
         products_fuse=True,
+        tables_ahead=True,
         dear=frozenset(),
         size=tiled_bytes,
         lane_bytes=4,

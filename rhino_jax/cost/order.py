@@ -16,7 +16,8 @@ gradient of a tied embedding is kept until the look-up's gradient is there too.
 
 **Gradients of weights.** Nothing waits for them but a reduction over devices, and for
 that the optimizer: they run last, and all that they read stands until then. (With
-nothing to reduce they run as soon as they can.)
+nothing to reduce they run as soon as they can.) In a loop over microbatches those that
+are added to an accumulator run at its end, if anything moves between devices in it.
 
 **Products that a loop stores.** They run at the end of its body.
 
@@ -29,10 +30,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rhino_jax.cost.buffers import Unfolded
-from rhino_jax.cost.instructions import ADDS, PRODUCTS, STORE, Instruction
-from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
+from rhino_jax.cost.instructions import (
+    ADDS,
+    CONVERTS,
+    PRODUCTS,
+    STORE,
+    Instruction,
+)
+from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, FREE, REDUCE_SCATTER
 
-CONVERTS = frozenset(("convert_element_type",))
 COMBINED = frozenset((ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER))
 
 
@@ -150,7 +156,8 @@ def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
 def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
     """Matrix products to be reduced that no product waits for -> the last product.
 
-    The gradients of weights, where they are reduced over devices: what follows them
+    The gradients of weights, where they are reduced over devices or added up by a loop
+    over microbatches that moves anything between devices: what follows them
     (the optimizer) follows all products. Conversions and reductions between run there
     too. A barrier keeps its place, and so do convolutions of larger filters, which were
     seen to run as soon as they can.
@@ -158,6 +165,7 @@ def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
     products = [i for i, x in enumerate(unfolded.instructions) if x.kind in PRODUCTS]
     last = products[-1] if products else -1
     held = {*unfolded.pinned}
+    totals = _added_up(unfolded)
     found: dict[int, int] = {}
     for index, instruction in enumerate(unfolded.instructions):
         if not _multiplies_matrices(instruction):
@@ -171,10 +179,25 @@ def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
             (made,) = unfolded.instructions[reader].writes
             reader = _only_reader(unfolded, made)
         reduced = any(unfolded.instructions[i].kind in COMBINED for i in chain)
+        reduced |= reader is not None and reader in totals
         after = min(unfolded.readers[made], default=-1) > last
         if reduced and after and made not in held:
             found.update(dict.fromkeys(chain, last))
     return found
+
+
+def _added_up(body: Unfolded) -> frozenset[int]:
+    """Where a body adds to its carries, if it moves anything between devices."""
+    if all(x.step is None or x.kind in FREE for x in body.instructions):
+        return frozenset()
+    pairs = ((body.inputs[i], body.outputs[o]) for i, o in body.same)
+    return frozenset(
+        body.writer[after]
+        for before, after in pairs
+        if body.writer[after] >= 0
+        and body.instructions[body.writer[after]].kind in ADDS
+        and before in body.instructions[body.writer[after]].reads
+    )
 
 
 def _multiplies_matrices(instruction: Instruction) -> bool:

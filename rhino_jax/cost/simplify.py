@@ -10,6 +10,12 @@ maximum in float32, and scatters there, into zeros. What is pooled is written, a
 zeros with it (they are as large: one kernel makes both), so both stand from the forward
 to the backward pass.
 
+**Zeros that are scattered into and selected.** Equal arrays are one. On a GPU the zeros
+that an optimizer selects (``where(sum > 0, rsqrt(sum), 0)`` of adagrad) are those that
+the gradient of a look-up is scattered into. So they are written, once for all that are
+alike, and a copy of them for each scatter. Their kernel reads nothing, and was seen to
+run as the backward pass begins.
+
 **What is added to a product.** cuBLAS adds a whole matrix as it multiplies
 (``beta = 1``): a mask or bias for all examples is written, and as equal computations
 are one, it stands from the first layer that adds it to the last.
@@ -24,9 +30,11 @@ from dataclasses import replace
 from rhino_jax.cost.habits import Habits
 from rhino_jax.cost.instructions import (
     ADDS,
+    CONVERTS,
     FUSED,
     OPAQUE,
     PLACES,
+    PRODUCTS,
     ZEROS,
     Buffer,
     Instruction,
@@ -42,7 +50,7 @@ def simplified(unfolded: Unfolded, habits: Habits) -> Unfolded:
     """``unfolded`` as a compiler has it. Linear in its instructions."""
     unfolded = replace(unfolded, instructions=_scattered_into(unfolded))
     if habits.adds_whole:
-        unfolded = _with_addends(unfolded)
+        unfolded = _with_addends(_with_zeros(unfolded))
     return _with_places(unfolded) if habits.scatters_windows else unfolded
 
 
@@ -82,6 +90,73 @@ def _zeros(unfolded: Unfolded, buffer: int) -> bool:
         at = unfolded.writer[unfolded.instructions[at].reads[0]]
     value = unfolded.instructions[at].constant if at >= 0 else None
     return value is not None and not value
+
+
+def _with_zeros(unfolded: Unfolded) -> Unfolded:
+    """Zeros that are selected and scattered into: early, with a copy each."""
+    scatters = {
+        one.reads[0]: index
+        for index, one in enumerate(unfolded.instructions)
+        if one.kind == "scatter-add" and _filled(unfolded, one.reads[0])
+    }
+    selected: dict[tuple[object, ...], list[int]] = {}
+    for one in unfolded.instructions if scatters else ():
+        for buffer in one.reads if one.kind == "select_n" else ():
+            if _filled(unfolded, buffer):
+                selected.setdefault(_alike(unfolded, buffer), []).append(buffer)
+    shared = {b: i for b, i in scatters.items() if _alike(unfolded, b) in selected}
+    if not shared:
+        return unfolded
+    early: dict[int, int] = {}  # instruction -> what it writes
+    stands_for: dict[int, int] = {}
+    for buffer in shared:
+        zeros, *others = selected[_alike(unfolded, buffer)]
+        stands_for.update(dict.fromkeys(others, zeros))
+        early |= {unfolded.writer[b]: b for b in (zeros, buffer)}
+    first = min(_backward_from(unfolded), *shared.values(), *early)
+    instructions: list[Instruction] = []
+    for index, one in enumerate(unfolded.instructions):
+        if index == first:
+            instructions += [
+                replace(unfolded.instructions[i], index=one.index, reads=())
+                for i in early
+            ]
+        if index not in early:
+            reads = (stands_for.get(b, b) for b in one.reads)
+            instructions.append(replace(one, reads=tuple(dict.fromkeys(reads))))
+    pinned = (*unfolded.pinned, *early.values())
+    return replace(unfolded, instructions=tuple(instructions), pinned=pinned)
+
+
+def _backward_from(unfolded: Unfolded) -> int:
+    """The first product that reads what an earlier one did: a saved activation."""
+    read: set[int] = set()
+    for index, one in enumerate(unfolded.instructions):
+        if one.kind in PRODUCTS:
+            if read.intersection(one.reads):
+                return index
+            read.update(one.reads)
+    return len(unfolded.instructions)
+
+
+def _filled(unfolded: Unfolded, buffer: int) -> bool:
+    """Whether it is a broadcast 0, converted before or not, with nothing done to it."""
+    at = unfolded.writer[buffer]
+    one = unfolded.instructions[at] if at >= 0 else None
+    if one is None or one.kind != "broadcast_in_dim" or not one.op or one.step:
+        return False
+    value = one.constant
+    made = unfolded.writer[one.reads[0]] if one.reads else -1
+    scalar = unfolded.instructions[made] if made >= 0 else None
+    if value is None and scalar and scalar.op and scalar.kind in CONVERTS:
+        value = scalar.program.values[scalar.op.operands[0]].literal
+    return value is not None and not value
+
+
+def _alike(unfolded: Unfolded, buffer: int) -> tuple[object, ...]:
+    held = unfolded.buffers[buffer]
+    value = unfolded.instructions[unfolded.writer[buffer]].program.values[held.value]
+    return value.shape, value.dtype, held.num_bytes
 
 
 def _with_addends(unfolded: Unfolded) -> Unfolded:

@@ -66,7 +66,7 @@ class _Pass:
         self, program: Program, assignment: Assignment, mesh: Mesh, cluster: Cluster
     ) -> None:
         self.program, self.assignment = program, assignment
-        self.mesh, self.cluster = mesh, cluster
+        self.mesh, self.cluster = assignment.over(mesh), cluster
         self.made = [{(m.value, m.target) for m in op.before} for op in assignment.ops]
         self.reads: dict[Version, list[tuple[int, Move | None]]] = defaultdict(list)
         for version, reader, move in self._reads():

@@ -229,3 +229,56 @@ def test_what_gpus_add_to_products_is_written_once_for_all() -> None:
         }
 
     assert len(written(GPU)) == 1 and not written(CPU)
+
+
+def test_a_tpu_writes_what_is_stacked_for_a_product() -> None:
+    def fun(x: jax.Array, y: jax.Array) -> jax.Array:
+        vectors = jnp.stack([jnp.sin(x), jnp.sin(y)], axis=1)
+        return jnp.einsum("bid,bjd->bij", vectors, vectors)
+
+    found = unfolded_of(TPU, fun, f32(256, 128), f32(256, 128))
+    (stack,) = [x for x in found.instructions if x.kind == "stack"]
+    sines = [x for x in found.instructions if x.kind == "sin"]
+    written = fusion(found, TPU).written
+    assert written[stack.writes[0]]
+    assert not any(written[one.writes[0]] for one in sines)
+
+
+ROWS = 4096
+
+
+def adagrad(
+    table: jax.Array, sums: jax.Array, w: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A step on the rows of one table."""
+
+    def loss(table: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.tanh(table[ids] @ w))
+
+    gradient = jax.grad(loss)(table)
+    sums = sums + jnp.square(gradient)
+    scale = jnp.where(sums > 0, jax.lax.rsqrt(sums), jnp.float32(0))
+    return table - scale * gradient, sums
+
+
+def test_a_gpu_copies_zeros_that_are_selected_to_scatter_into() -> None:
+    table, ids = f32(ROWS, 64), jax.ShapeDtypeStruct((256,), jnp.int32)
+    args = table, table, f32(64, 64), ids
+    found = unfolded_of(GPU, adagrad, *args)
+    (scatter,) = [x for x in found.instructions if x.kind == "scatter-add"]
+    (select,) = [
+        x
+        for x in found.instructions
+        if x.kind == "select_n"
+        and found.buffers[x.writes[0]].num_bytes == ROWS * 64 * 4
+    ]
+    (zeros,) = {*select.reads} & {*found.pinned}
+    assert scatter.reads[0] in found.pinned and scatter.reads[0] != zeros
+    written = fusion(found, GPU).written
+    assert written[zeros] and written[scatter.reads[0]]
+    forward, backward = (
+        i for i, x in enumerate(found.instructions) if x.kind == "dot_general"
+    )
+    assert forward < found.writer[zeros] < backward
+    other = unfolded_of(TPU, adagrad, *args)
+    assert not other.pinned

@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import pytest
 
 from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.cost.buffers import ACCUMULATE, Unfolded, unfold
+from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.memory import memory
 from rhino_jax.cost.model import predict
+from rhino_jax.cost.order import gradients_at_end
 from rhino_jax.cost.reshard import route
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, live_ops, phases
 from rhino_jax.ir.factors import choice_problems
@@ -24,6 +27,7 @@ from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, FREE
 from rhino_jax.plan import Plan, make_plan
 from rhino_jax.rules import rule_of
 from rhino_jax.search.choose import plan_recipe
+from rhino_jax.search.collective_matmul import interleaved
 from rhino_jax.search.microbatch import (
     Refusal,
     Timing,
@@ -378,3 +382,55 @@ def test_a_step_of_momentum_leaves_state_where_it_was() -> None:
 def normal_loss(params: Any, batch: Any) -> jax.Array:
     h = jnp.tanh(batch["x"] @ params["layers"]["up"][0])
     return jnp.mean((h @ params["layers"]["down"][0] @ params["head"]) ** 2)
+
+
+def looked_up() -> tuple[Callable[..., Any], Any, Any]:
+    """A float32 table whose rows are converted once they are looked up."""
+    table = jax.ShapeDtypeStruct((1024, WIDTH), jnp.float32)
+    weight = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((64,), jnp.int32)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        rows = params["table"][batch["ids"]].astype(jnp.bfloat16)
+        return jnp.sum(jnp.square(rows @ params["w"]).astype(jnp.float32))
+
+    params = {"table": table, "w": weight}
+    return with_momentum(loss), state_of(params), {"ids": ids}
+
+
+def unfolded_loop(
+    step: tuple[Callable[..., Any], Any, Any], platform: str, recipe: str
+) -> Unfolded:
+    subject, _, assignment, mesh = cut(step, recipe)
+    return unfold(subject.program, assignment, mesh, rule_of, (), HABITS[platform])
+
+
+@pytest.mark.parametrize(("platform", "ahead"), [("tpu", True), ("cuda", False)])
+def test_a_tpu_converts_tables_ahead_of_the_loop(platform: str, ahead: bool) -> None:
+    found = unfolded_loop(looked_up(), platform, "data_parallel")
+    (loop,) = [x for x in found.instructions if x.kind == ACCUMULATE]
+    copies = [
+        found.buffers[buffer]
+        for buffer in loop.reads
+        if found.writer[buffer] >= 0
+        and found.instructions[found.writer[buffer]].kind == "convert_element_type"
+    ]
+    assert [x.num_bytes for x in copies] == [1024 * WIDTH * 2] * ahead
+
+
+def test_products_that_are_added_up_wait_where_the_loop_moves_anything() -> None:
+    late = {}
+    for recipe in ("data_parallel", "zero3"):
+        found = unfolded_loop(wide_step(), "cuda", recipe)
+        (loop,) = [x for x in found.instructions if x.kind == ACCUMULATE]
+        (body,) = loop.bodies
+        moves = any(x.step and x.step.kind not in FREE for x in body.instructions)
+        late[recipe] = moves, bool(gradients_at_end(body))
+    assert late["data_parallel"] == (False, False)
+    assert late["zero3"] == (True, True)
+
+
+def test_collective_matmul_looks_into_the_loop() -> None:
+    subject, _, assignment, _ = cut(wide_step(), "zero3")
+    found = interleaved(subject.program, assignment, DATA, parse_cluster("h100:1x8"))
+    assert found.loop == assignment.loop
