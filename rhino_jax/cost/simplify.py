@@ -14,7 +14,8 @@ to the backward pass.
 that an optimizer selects (``where(sum > 0, rsqrt(sum), 0)`` of adagrad) are those that
 the gradient of a look-up is scattered into. So they are written, once for all that are
 alike, and a copy of them for each scatter. Their kernel reads nothing, and was seen to
-run as the backward pass begins.
+run as the backward pass begins, in programs that move something between devices: on one
+device it runs table by table.
 
 **What is added to a product.** cuBLAS adds a whole matrix as it multiplies
 (``beta = 1``): a mask or bias for all examples is written, and as equal computations
@@ -94,6 +95,8 @@ def _zeros(unfolded: Unfolded, buffer: int) -> bool:
 
 def _with_zeros(unfolded: Unfolded) -> Unfolded:
     """Zeros that are selected and scattered into: early, with a copy each."""
+    if not any(one.step and one.step.wire_bytes for one in unfolded.instructions):
+        return unfolded
     scatters = {
         one.reads[0]: index
         for index, one in enumerate(unfolded.instructions)

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from rhino_jax.cost.buffers import Unfolded, unfold
 from rhino_jax.cost.fusion import fusion
 from rhino_jax.cost.habits import HABITS, Habits
-from rhino_jax.cost.instructions import PLACES
+from rhino_jax.cost.instructions import OPAQUE, PLACES, Instruction
 from rhino_jax.cost.memory import Held, memory
 from rhino_jax.cost.order import gradients_at_end, kept_at_end, side_inputs
+from rhino_jax.cost.simplify import simplified
 from rhino_jax.cost.tiles import flat_bytes, tiled_bytes
+from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.steps import ALL_REDUCE
+from rhino_jax.ir.steps import ALL_REDUCE, Step
 from rhino_jax.rules import rule_of
 from tests.cost.plans import ONE, f32, planned, traced_whole, trained
 
@@ -264,7 +266,9 @@ def adagrad(
 def test_a_gpu_copies_zeros_that_are_selected_to_scatter_into() -> None:
     table, ids = f32(ROWS, 64), jax.ShapeDtypeStruct((256,), jnp.int32)
     args = table, table, f32(64, 64), ids
-    found = unfolded_of(GPU, adagrad, *args)
+    alone = unfolded_of(GPU, adagrad, *args)
+    assert not alone.pinned  # nothing is sent: table by table
+    found = simplified(sending(unfolded_of(CPU, adagrad, *args)), GPU)
     (scatter,) = [x for x in found.instructions if x.kind == "scatter-add"]
     (select,) = [
         x
@@ -280,5 +284,25 @@ def test_a_gpu_copies_zeros_that_are_selected_to_scatter_into() -> None:
         i for i, x in enumerate(found.instructions) if x.kind == "dot_general"
     )
     assert forward < found.writer[zeros] < backward
-    other = unfolded_of(TPU, adagrad, *args)
-    assert not other.pinned
+    assert not simplified(sending(unfolded_of(CPU, adagrad, *args)), TPU).pinned
+
+
+def sending(unfolded: Unfolded) -> Unfolded:
+    """With an all-reduce of an input at its end."""
+    layout = Layout((), (("x", "sum"),))
+    step = Step(ALL_REDUCE, ("x",), layout, Layout(()), 8)
+    last = unfolded.instructions[-1]
+    made = len(unfolded.buffers)
+    buffers = (*unfolded.buffers, unfolded.buffers[unfolded.inputs[-1]])
+    sent = Instruction(
+        ALL_REDUCE,
+        OPAQUE,
+        (unfolded.inputs[-1],),
+        (made,),
+        last.program,
+        last.index,
+        step=step,
+    )
+    return replace(
+        unfolded, buffers=buffers, instructions=(*unfolded.instructions, sent)
+    )
