@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz import check
 from benchmarks.random_programs import random_program
+from rhino_jax.errors import TraceError
 from rhino_jax.ir.mesh import Mesh
 
 MESH = Mesh.of(x=2, y=4)
@@ -39,9 +40,21 @@ def test_random_programs(seed: int) -> None:
     check(programs, rng, MESH)
 
 
-@pytest.mark.parametrize("seed", [7])
+@pytest.mark.parametrize("seed", [7, 298])
 def test_what_was_found(seed: int) -> None:
-    """Seeds of the long run that failed once: sums of truth values (7)."""
+    """Seeds of the long run that failed once: sums of truth values (7), the
+    sine of a large number (298)."""
     with jax.enable_x64(True):
         program = random_program(Random(seed))
     check([program], Random(seed), MESH)
+
+
+@pytest.mark.parametrize("seed", [613, 1542])
+def test_what_jax_can_not_discharge_is_said(seed: int) -> None:
+    """References made in differentiated loops: equal, or an error that helps."""
+    with jax.enable_x64(True):
+        program = random_program(Random(seed))
+    try:
+        check([program], Random(seed), MESH)
+    except TraceError as error:
+        assert "Make them outside of differentiated loops" in str(error)
