@@ -107,7 +107,10 @@ def with_attention(
     if written is None and blockwise is None:
         assert failed is not None
         raise failed
-    return _faster(written, blockwise)
+    if written is None:
+        assert blockwise is not None
+        return _noted(blockwise, "as written the step fits no device")
+    return written if blockwise is None else _faster(written, blockwise)
 
 
 def _said(
@@ -134,18 +137,12 @@ def _matter(
     return seconds > MUCH * predicted.step_seconds or bool(short and kept)
 
 
-def _faster(written: Planned | None, blockwise: Planned | None) -> Planned:
+def _faster(written: Planned, blockwise: Planned) -> Planned:
     """The faster of two, which says what the other would take."""
-    if written is None or blockwise is None:
-        only = written or blockwise
-        assert only is not None
-        if written is None:
-            return _noted(only, "as written the step fits no device")
-        return only
-    ways = [(_seconds(one), one) for one in (blockwise, written)]
-    (_, best), (slower, _) = sorted(ways, key=lambda way: way[0])
-    what = "as written" if best is blockwise else "with attention recognized"
-    return _noted(best, f"{what} a step would take {slower * 1e3:.2f} ms")
+    best, other, what = blockwise, written, "as written"
+    if _seconds(written) < _seconds(blockwise):
+        best, other, what = written, blockwise, "with attention recognized"
+    return _noted(best, f"{what} a step would take {_seconds(other) * 1e3:.2f} ms")
 
 
 def _seconds(planned: Planned) -> float:

@@ -19,7 +19,7 @@ import numpy as np
 from rhino_jax.api.attending import constants_of
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.errors import OptionsError, PlanFileError
-from rhino_jax.options import Options
+from rhino_jax.options import WRITTEN, Options
 from rhino_jax.plan import Plan
 from rhino_jax.trace import Traced
 
@@ -40,7 +40,7 @@ def key_of(traced: Traced, cluster: Cluster, options: Options) -> str:
     """A hash of all that the plan depends on."""
     parts = (
         traced.program.digest,
-        masks(traced),
+        masks(traced) if options.attention != WRITTEN else "",
         traced.input_paths,
         traced.state_pairs,
         traced.donated,

@@ -182,7 +182,7 @@ def _by_search(traced: Traced, options: Options, cluster: Cluster) -> Planned:
             "" if options.memory_limit_bytes else more_memory(cluster),
             pipeline,
             cut,
-            not workers > 1 and _takes_in(options, share),
+            workers == 1 and _takes_in(options, share),
         ),
     )
     best: Candidate = found.best
@@ -240,13 +240,13 @@ def _meshes(
     subject: Subject, cluster: Cluster, level: int, cut: Staged | None
 ) -> tuple[Mesh, ...]:
     """Meshes to try; those of one stage's devices, where there are stages."""
+    if cut is not None:
+        share = candidate_meshes(part(cluster, cut.stages), level)
+        return tuple(with_stages(mesh, cut) for mesh in share)
     inner = asked_mesh(subject.program, cluster.num_devices)
-    if inner is not None and cut is None:
+    if inner is not None:
         return meshes_around(cluster, level, inner)
-    if cut is None:
-        return candidate_meshes(cluster, level)
-    share = candidate_meshes(part(cluster, cut.stages), level)
-    return tuple(with_stages(mesh, cut) for mesh in share)
+    return candidate_meshes(cluster, level)
 
 
 def _takes_in(options: Options, cluster: Cluster) -> bool:

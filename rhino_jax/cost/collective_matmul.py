@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rhino_jax.cluster.hardware import Device
 from rhino_jax.cluster.topology import Cluster
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import Work, memory_seconds, parts_seconds
-from rhino_jax.cost.instructions import Instruction, Unfolded
+from rhino_jax.cost.instructions import Unfolded
 from rhino_jax.cost.reshard import local_bytes
 from rhino_jax.ir.factors import Choice, Rule, layouts
 from rhino_jax.ir.mesh import Mesh
@@ -41,57 +40,49 @@ def divided(op: Op, rule: Rule, value: int, step: Step) -> str:
     return name
 
 
-def within_seconds(
-    unfolded: Unfolded, works: Sequence[Work], mesh: Mesh, cluster: Cluster
-) -> Iterator[tuple[int, float]]:
-    """Of every step that a product does by itself, by its instruction: the seconds that
-    are seen of it, and what the product loses because it is done in parts."""
-    for number, at in enumerate(unfolded.instructions):
-        if at.within is None:
-            continue
-        assert at.step is not None
-        product = _product(unfolded, number)
-        one = unfolded.instructions[product]
-        sent = step_seconds(at.step, mesh, cluster)
-        count = mesh.group_size(at.step.axes)
-        seen = exposed_seconds(sent, works[product].seconds, count)
-        yield number, seen + lost_seconds(one, at.within, at.step, mesh, cluster.device)
-
-
-def lost_seconds(
-    one: Instruction, value: int, step: Step, mesh: Mesh, device: Device
-) -> float:
-    """What a product takes longer in parts."""
-    assert one.op is not None and one.rule is not None
-    given = (one.program, one.op, one.rule, one.plan.choice)
-    return parts_lose_seconds(*given, value, step, mesh, device)
-
-
-def parts_lose_seconds(
+def seen_seconds(
     program: Program,
     op: Op,
     rule: Rule,
     choice: Choice,
     value: int,
     step: Step,
+    product_seconds: float,
     mesh: Mesh,
-    device: Device,
+    cluster: Cluster,
 ) -> float:
-    """What a product loses where it does ``step``, a move of ``value``, by itself.
+    """What is seen of ``step``, a move of ``value``, where the product ``op``, of so
+    many seconds, does it by itself: what it does not hide, and what it loses.
 
     Smaller products reach less of the peak. And nothing is made of a result in the
     kernel that makes it any more: it is written part by part, or added up in float32,
     and read again.
     """
     factor, count = divided(op, rule, value, step), mesh.group_size(step.axes)
-    given = (op, program.operand_values(op), rule, choice, mesh, device)
+    sent = step_seconds(step, mesh, cluster)
+    given = (op, program.operand_values(op), rule, choice, mesh, cluster.device)
     slower = parts_seconds(*given, factor, count) - parts_seconds(*given)
     (made,), (layout,) = program.result_values(op), layouts(rule, choice)[1]
     moved = 2 * local_bytes(made.shape, made.dtype, layout, mesh)
     if not any(factor in dim for dim in rule.results[0]):
         terms = accumulator_dtype(made.dtype)
         moved = 2 * count * local_bytes(made.shape, terms, layout, mesh)
-    return slower + memory_seconds(moved, device)
+    lost = slower + memory_seconds(moved, cluster.device)
+    return exposed_seconds(sent, product_seconds, count) + lost
+
+
+def within_seconds(
+    unfolded: Unfolded, works: Sequence[Work], mesh: Mesh, cluster: Cluster
+) -> Iterator[tuple[int, float]]:
+    """What is seen of every step that a product does by itself, by its instruction."""
+    for number, at in enumerate(unfolded.instructions):
+        if at.within is None:
+            continue
+        product = _product(unfolded, number)
+        one, seconds = unfolded.instructions[product], works[product].seconds
+        assert at.step is not None and one.op is not None and one.rule is not None
+        given = (one.program, one.op, one.rule, one.plan.choice, at.within, at.step)
+        yield number, seen_seconds(*given, seconds, mesh, cluster)
 
 
 def _product(unfolded: Unfolded, number: int) -> int:

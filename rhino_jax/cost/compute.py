@@ -259,6 +259,7 @@ def instruction_work(
     flops = 0
     size: tuple[float, ...] = ()
     dtypes: tuple[str, ...] = ()
+    beside = _copied(at.extended_bytes, device)
     kind = READS.get(at.kind, ELEMENTWISE)
     if at.op is not None and at.step is None:
         kind = _reading(at.op, at.program.operand_values(at.op))
@@ -266,15 +267,13 @@ def instruction_work(
         flops = op_flops(at.op, at.rule, at.plan.choice, mesh)
         dtypes = _dtypes(at.program, at.op)
         size = _size(at.kind, flops, at.rule, at.plan.choice, mesh)
+        reads = at.program.operand_values(at.op)
+        given = (at.op, reads, at.rule, at.plan.choice, mesh, device)
+        beside = beside.plus(_in_blocks(*given))
     moved = memory_seconds(num_bytes, device, kind) + guest_seconds
     work = _roofline(at.kind, flops, size, num_bytes, moved, dtypes, device)
-    if at.rule is not None and at.op is not None and at.step is None:
-        reads = at.program.operand_values(at.op)
-        choice = at.plan.choice
-        work = work.plus(_in_blocks(at.op, reads, at.rule, choice, mesh, device))
     launched = kernels_of(device).launch_seconds if num_bytes else 0.0
-    work = replace(work, seconds=work.seconds + launched)
-    return work.plus(_copied(at.extended_bytes, device))
+    return replace(work, seconds=work.seconds + launched).plus(beside)
 
 
 def _copied(num_bytes: int, device: Device) -> Work:

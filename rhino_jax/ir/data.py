@@ -81,7 +81,8 @@ def _move_data(move: Move) -> list[Any]:
 
 def _move(data: Any) -> Move:
     value, source, steps, *more = data
-    again, within = more[:1] == [True], str(*more[1:])
+    again = bool(more and more[0])
+    within = more[1] if len(more) > 1 else ""
     first = now = parse_layout(source)
     found = []
     for kind, axes, target, sent in steps:

@@ -187,20 +187,19 @@ def _run_product(frame: Frame, op: Op, plan: OpPlan, within: Move) -> None:
     wanted, given = boundary(program, op, plan, rule)
     gathers = within in plan.before
     operand = op.operands.index(within.value) if gathers else -1
-    args = []
-    for place, (value, layout) in enumerate(zip(op.operands, wanted, strict=True)):
-        own = frame.shard_of(within, op.operands) if place == operand else None
-        args.append(frame.get(value, layout) if own is None else own)
-    ready = frame.after(op.param.get(WAITS, ()), tuple(args))
+    args = tuple(
+        frame.shard_of(within, op.operands)
+        if place == operand
+        else frame.get(value, layout)
+        for place, (value, layout) in enumerate(zip(op.operands, wanted, strict=True))
+    )
+    ready = frame.after(op.param.get(WAITS, ()), args)
     around = Around(frame.shard(op, rule, plan.choice), step, operand)
     out, collected = around.run(ready, within.within == COLLECTED)
     (made,), (layout,) = op.results, given
-    if gathers:
-        frame.put(made, layout, out)
-        if collected is not None:
-            frame.put(within.value, within.target, collected)
-    else:
-        frame.put(made, within.target, out)
+    frame.put(made, layout if gathers else within.target, out)
+    if collected is not None:
+        frame.put(within.value, within.target, collected)
     for move in plan.after:
         if move is not within:
             frame.move(move)

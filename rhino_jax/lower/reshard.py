@@ -195,10 +195,10 @@ def outside(shape: tuple[int, ...], step: Step, mesh: Mesh) -> int:
     follow one another in the dimension that is whole on one side."""
     (axis,) = step.axes
     for dim in _pieces(shape, step, mesh):
-        sizes = [p.size for p in dim if p.axis == axis or (p.before and p.after)]
-        for place, piece in enumerate(p for p in dim if p.before or p.after):
+        local = [p for p in dim if p.before or p.after]
+        for place, piece in enumerate(local):
             if piece.axis == axis:
-                return math.prod(sizes[:place])
+                return math.prod(p.size for p in local[:place])
     raise AssertionError(f"{axis} moves no digit of {step}")
 
 

@@ -14,11 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from rhino_jax.cluster.topology import Cluster
-from rhino_jax.cost.collective_matmul import (
-    divided,
-    exposed_seconds,
-    parts_lose_seconds,
-)
+from rhino_jax.cost.collective_matmul import divided, seen_seconds
 from rhino_jax.cost.collectives import step_seconds
 from rhino_jax.cost.compute import op_work
 from rhino_jax.ir.assignment import Assignment, OpPlan, boundary
@@ -46,9 +42,21 @@ def interleaved(
     program: Program, assignment: Assignment, mesh: Mesh, cluster: Cluster
 ) -> Assignment:
     """``assignment`` with gathers and scatters done within products, where it pays."""
-    pass_ = _Pass(program, assignment, mesh, cluster)
-    found = replace(assignment, ops=tuple(pass_.nested()))
-    return _Pass(program, found, mesh, cluster).done()
+    mesh = assignment.over(mesh)
+    ops = tuple(
+        _with_bodies(op, plan, mesh, cluster)
+        for op, plan in zip(program.ops, assignment.ops, strict=True)
+    )
+    return _Pass(program, replace(assignment, ops=ops), mesh, cluster).done()
+
+
+def _with_bodies(op: Op, plan: OpPlan, mesh: Mesh, cluster: Cluster) -> OpPlan:
+    """``plan`` with its bodies done; those of pipeline stages are left alone."""
+    if not plan.inner or plan.staged:
+        return plan
+    pairs = zip(op.programs, plan.inner, strict=True)
+    inner = (interleaved(p, a, mesh, cluster) for p, a in pairs)
+    return replace(plan, inner=tuple(inner))
 
 
 @dataclass(frozen=True)
@@ -66,21 +74,11 @@ class _Pass:
         self, program: Program, assignment: Assignment, mesh: Mesh, cluster: Cluster
     ) -> None:
         self.program, self.assignment = program, assignment
-        self.mesh, self.cluster = assignment.over(mesh), cluster
+        self.mesh, self.cluster = mesh, cluster
         self.made = [{(m.value, m.target) for m in op.before} for op in assignment.ops]
         self.reads: dict[Version, list[tuple[int, Move | None]]] = defaultdict(list)
         for version, reader, move in self._reads():
             self.reads[version].append((reader, move))
-
-    def nested(self) -> Iterator[OpPlan]:
-        """Every op's plan, bodies done already; stages of a pipeline left alone."""
-        for op, plan in zip(self.program.ops, self.assignment.ops, strict=True):
-            inner = plan.inner
-            if inner and not plan.staged:
-                pairs = zip(op.programs, inner, strict=True)
-                done = (interleaved(p, a, self.mesh, self.cluster) for p, a in pairs)
-                plan = replace(plan, inner=tuple(done))
-            yield plan
 
     def done(self) -> Assignment:
         best: dict[int, _Within] = {}
@@ -174,15 +172,13 @@ class _Pass:
         if len(step.axes) > 1 or not (even and floating):
             return
         rule = rule_of(self.program, op)
-        factor = divided(op, rule, move.value, step)
-        if factor.startswith("b"):
+        if divided(op, rule, move.value, step).startswith("b"):
             return
-        count = self.mesh.group_size(step.axes)
-        device, given = self.cluster.device, (self.program, op, rule, plan.choice)
-        sent = step_seconds(step, self.mesh, self.cluster)
-        work = op_work(*given, self.mesh, device)
-        lost = parts_lose_seconds(*given, move.value, step, self.mesh, device)
-        gain = sent - exposed_seconds(sent, work.seconds, count) - lost
+        mesh, cluster = self.mesh, self.cluster
+        given = (self.program, op, rule, plan.choice)
+        seconds = op_work(*given, mesh, cluster.device).seconds
+        sent = step_seconds(step, mesh, cluster)
+        gain = sent - seen_seconds(*given, move.value, step, seconds, mesh, cluster)
         if gain > WORTH * sent:
             yield _Within(number, move, step, gain)
 

@@ -15,6 +15,8 @@ from benchmarks.drawing import Drawn, draws, found_plan, spread
 from benchmarks.prediction_time import plan_of
 from rhino_jax.api.planning import traced_bare
 from rhino_jax.cluster.parse import parse_cluster
+from rhino_jax.ir.layout import Layout
+from rhino_jax.ir.steps import Move
 from rhino_jax.options import make_options
 from rhino_jax.trace import Traced
 
@@ -68,7 +70,9 @@ def test_what_is_taken_lies_evenly_and_within(found: list[Drawn]) -> None:
 
     def as_long(seconds: float) -> Drawn:
         told = replace(first.prediction, step_seconds=seconds)
-        spelled = replace(first.assignment, final=(seconds,))  # type: ignore[arg-type]
+        nowhere = Layout.replicated(0)
+        apart = Move(round(1000 * seconds), nowhere, nowhere, ())
+        spelled = replace(first.assignment, final=(apart,))
         return replace(first, prediction=told, assignment=spelled)
 
     many = [as_long(1.0), *(as_long(1.0 + 0.001 * n) for n in range(1, 4000))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -26,6 +27,7 @@ from rhino_jax.ir.steps import (
 
 KINDS = (ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, PERMUTE, REDUCE_SCATTER)
 SECONDS = pytest.approx
+Digits = Sequence[tuple[str, int]]
 
 
 def link(rate: float, latency: float = 1e-12, **more: object) -> Link:
@@ -254,10 +256,10 @@ def test_the_time_axis_crosses_nothing() -> None:
     ],
 )
 def test_simulated_devices_copy_what_does_not_lie_together(
-    kind: str, source: tuple[object, ...], target: tuple[object, ...], copies: int
+    kind: str, source: Sequence[Digits], target: Sequence[Digits], copies: int
 ) -> None:
     mesh = Mesh.of(x=4, y=2)
-    step = Step(kind, ("x",), Layout.of(*source), Layout.of(*target), 3000)  # type: ignore[arg-type]
+    step = Step(kind, ("x",), Layout.of(*source), Layout.of(*target), 3000)
     for name, times in (("cpu:8", copies), ("h100:1x8", 0)):
         cluster = parse_cluster(name)
         crossed = crossing(cluster, mesh, ("x",))

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+import rhino_jax as rhino
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.search.choose import completion
 from rhino_jax.search.recipes import RECIPES, Placement, place
+from rhino_jax.search.remat import BOUNDARY, NONE
 from rhino_jax.search.specs import Spec
 from rhino_jax.search.subject import Subject
 from rhino_jax.sent import Collective, collectives
@@ -27,6 +29,24 @@ EXPERTS, CAPACITY, HEADS = 4, 4, 4
 
 def f32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def compiled_peaks(step: Callable[..., Any], *args: Any) -> dict[str, int]:
+    """Remat policy -> peak bytes of ``step`` on each of 8 GPUs, by the compiler."""
+    peak = {}
+    for policy in (NONE, BOUNDARY):
+        planned = rhino.plan(
+            step,
+            *args,
+            cluster="h100:1x8",
+            mesh={"data": 8},
+            recipe="data_parallel",
+            remat=policy,
+        )
+        memory = planned.compile_only().memory
+        assert memory is not None
+        peak[policy] = memory.peak_bytes
+    return peak
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from rhino_jax.ir.program import Program
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
 from rhino_jax.search.remat_scans import REMATERIALIZE
 from rhino_jax.trace import trace
+from tests.search.steps import compiled_peaks
 
 LAYERS, WIDTH, HIDDEN, BATCH = 5, 16, 64, 32
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
@@ -140,20 +141,7 @@ def test_the_gpu_compiler_needs_less_memory() -> None:
     ]
     state = {"params": shapes, "opt": jax.eval_shape(OPTIMIZER.init, shapes)}
     rows = jax.ShapeDtypeStruct((65536, 256), jnp.float32)
-    peak = {}
-    for policy in (NONE, BOUNDARY):
-        planned = rhino.plan(
-            train_step,
-            state,
-            {"x": rows, "y": rows},
-            cluster="h100:1x8",
-            mesh={"data": 8},
-            recipe="data_parallel",
-            remat=policy,
-        )
-        memory = planned.compile_only().memory
-        assert memory is not None
-        peak[policy] = memory.peak_bytes
+    peak = compiled_peaks(train_step, state, {"x": rows, "y": rows})
     assert peak[BOUNDARY] < 0.6 * peak[NONE]
 
 
@@ -196,17 +184,5 @@ def test_a_layer_waits_for_terms_of_gradients_that_layers_share() -> None:
 @pytest.mark.compilers
 def test_the_gpu_compiler_adds_terms_of_a_shared_bias_layer_by_layer() -> None:
     shapes = biased_shapes(6, 64, 512, 64)
-    peak = {}
-    for policy in (NONE, BOUNDARY):
-        planned = rhino.plan(
-            biased_step,
-            *shapes,
-            cluster="h100:1x8",
-            mesh={"data": 8},
-            recipe="data_parallel",
-            remat=policy,
-        )
-        memory = planned.compile_only().memory
-        assert memory is not None
-        peak[policy] = memory.peak_bytes
+    peak = compiled_peaks(biased_step, *shapes)
     assert peak[BOUNDARY] < 0.5 * peak[NONE]

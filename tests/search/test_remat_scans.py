@@ -20,7 +20,7 @@ from rhino_jax.ir.program import Program
 from rhino_jax.search.remat import BOUNDARY, NONE, apply_remat
 from rhino_jax.search.remat_scans import MARK, REMATERIALIZE, layer_scans
 from rhino_jax.trace import trace
-from tests.search.steps import MLP
+from tests.search.steps import MLP, compiled_peaks
 
 LAYERS, WIDTH, HIDDEN, BATCH = 4, 16, 64, 32
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
@@ -199,18 +199,5 @@ def test_the_gpu_compiler_needs_less_memory() -> None:
     params = {"up": f32(LAYERS, 256, HIDDEN), "down": f32(LAYERS, HIDDEN, 256)}
     state = {"params": params, "opt": jax.eval_shape(OPTIMIZER.init, params)}
     rows = f32(65536, 256)
-    peak = {}
-    for policy in (NONE, BOUNDARY):
-        planned = rhino.plan(
-            stepping(),
-            state,
-            {"x": rows, "y": rows},
-            cluster="h100:1x8",
-            mesh={"data": 8},
-            recipe="data_parallel",
-            remat=policy,
-        )
-        memory = planned.compile_only().memory
-        assert memory is not None
-        peak[policy] = memory.peak_bytes
+    peak = compiled_peaks(stepping(), state, {"x": rows, "y": rows})
     assert peak[BOUNDARY] < 0.8 * peak[NONE]

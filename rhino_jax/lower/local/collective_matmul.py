@@ -21,7 +21,7 @@ from rhino_jax.ir.factors import Dims
 from rhino_jax.ir.program import accumulator_dtype
 from rhino_jax.ir.steps import Step, changed_dim
 from rhino_jax.lower.local.shard import Shard
-from rhino_jax.lower.reshard import outside
+from rhino_jax.lower.reshard import hand_on, outside
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Around:
         return _Places(dims.index(self.factor), outer, self.count)
 
     def _hand_on(self, x: jax.Array, by: int) -> jax.Array:
-        n = self.count
-        return lax.ppermute(x, self.axis, [(i, (i + by) % n) for i in range(n)])
+        pairs = [(i, (i + by) % self.count) for i in range(self.count)]
+        return hand_on(x, self.step.axes, pairs, self.shard.mesh)
 
     def _met(self, own: jax.Array) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Every device's shard and its number, one's own first."""
@@ -131,10 +131,8 @@ class Around:
     def _gathering(
         self, args: Sequence[jax.Array], collect: bool
     ) -> tuple[jax.Array, jax.Array | None]:
-        rule = self.shard.rule
-        mine, terms = (
-            self._places(rule.operands[k]) for k in (self.operand, self.other)
-        )
+        rule, other = self.shard.rule, 1 - self.operand
+        mine, terms = (self._places(rule.operands[k]) for k in (self.operand, other))
         rows = self._places(rule.results[0])
         assert mine is not None
         whole = total = None
@@ -142,27 +140,18 @@ class Around:
             if collect:
                 room = mine.room(part) if whole is None else whole
                 whole = mine.put(room, part, number)
-            pair = [part, args[self.other]]
-            if terms is not None:
-                pair[1] = terms.part(pair[1], number)
-            one = self._product(pair if self.operand == 0 else pair[::-1], rows is None)
-            if rows is not None:
-                total = rows.put(
-                    rows.room(one) if total is None else total, one, number
-                )
-            else:
+            beside = args[other] if terms is None else terms.part(args[other], number)
+            pair = (part, beside) if self.operand == 0 else (beside, part)
+            one = self._product(pair, rows is None)
+            if rows is None:
                 total = one if total is None else total + one
+            else:
+                room = rows.room(one) if total is None else total
+                total = rows.put(room, one, number)
         assert total is not None
-        made = (
-            total.astype(self.shard.makes[0].dtype)
-            if rows is None
-            else rows.joined(total)
-        )
+        dtype = self.shard.makes[0].dtype
+        made = total.astype(dtype) if rows is None else rows.joined(total)
         return made, None if whole is None else mine.joined(whole)
-
-    @property
-    def other(self) -> int:
-        return 1 - self.operand
 
     def _scattered(self, args: Sequence[jax.Array]) -> jax.Array:
         """Sums of terms come by from both sides; one's own term is added last."""
