@@ -26,6 +26,8 @@ from rhino_jax.search.hints import backward_hints, pulled, rows_of_slices
 from rhino_jax.search.specs import pin_of, spec_beside
 from rhino_jax.search.state import Marks, State
 
+RUNS = 4
+
 
 @dataclass(frozen=True)
 class Request:
@@ -66,8 +68,8 @@ class Completed:
 def complete(program: Program, request: Request) -> Completed:
     """Choices and moves for every op of ``program``.
 
-    Runs twice: values that every reader only sliced in the first run are made as
-    those slices in the second.
+    Runs again, a few times at most, while values are found that every reader only
+    slices: these are made as those slices in the next, where readers may slice more.
     """
     goals = request.hints or request.outputs
     seeds = {
@@ -75,13 +77,15 @@ def complete(program: Program, request: Request) -> Completed:
         for value, goal in zip(program.outputs, goals, strict=True)
         if goal is not None
     }
-    hints = backward_hints(program, seeds, request.mesh)
-    first = _Run(program, request, hints).run()
-    sliced = pulled(program, first.reads, first.assignment, request.mesh)
-    if not sliced:
-        return first
-    hints = backward_hints(program, {**sliced, **seeds}, request.mesh)
-    return _Run(program, request, hints).run()
+    sliced: dict[int, Layout] = {}
+    for _ in range(RUNS):
+        hints = backward_hints(program, {**sliced, **seeds}, request.mesh)
+        done = _Run(program, request, hints).run()
+        found = pulled(program, done.reads, done.assignment, request.mesh)
+        if found.items() <= sliced.items():
+            break
+        sliced.update(found)
+    return done
 
 
 class _Run:

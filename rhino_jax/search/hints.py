@@ -10,7 +10,7 @@ from rhino_jax.ir.factors import PARALLEL
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
-from rhino_jax.ir.steps import FREE
+from rhino_jax.ir.steps import FREE, SLICE
 from rhino_jax.rules import rule_of
 from rhino_jax.search.follow import hint_layout
 
@@ -95,7 +95,10 @@ def pulled(
     assignment: Assignment,
     mesh: Mesh,
 ) -> dict[int, Layout]:
-    """Values that every reader only slices, with the slice they all want."""
+    """Values that every reader only slices, with the slice they all want.
+
+    It may be one term of a sum (zeros to scatter into): the slice is made, then masked.
+    """
     found = {}
     homes: dict[int, Layout] = {}
     for plan in assignment.ops:
@@ -108,6 +111,6 @@ def pulled(
         (target,) = wanted
         v = program.values[value]
         steps = route(v.shape, v.dtype, homes[value], target, mesh)
-        if steps and not target.partial and all(s.kind in FREE for s in steps):
-            found[value] = target
+        if any(s.kind == SLICE for s in steps) and all(s.kind in FREE for s in steps):
+            found[value] = target.settled()
     return found

@@ -151,6 +151,31 @@ def test_the_recipe_writes_the_same() -> None:
     assert each["all-reduce", "data", VOCAB * WIDTH] == 2 * gradient
 
 
+@pytest.mark.parametrize("loss", [log_sum, from_optax])
+@pytest.mark.parametrize("tied", [False, True])
+def test_zeros_to_scatter_into_are_made_in_parts(loss: Loss, tied: bool) -> None:
+    """Those of the picked logits, and of the table, where they are one term of a sum:
+    made whole and sliced they would be the largest array of the program."""
+    params, batch = args_of(tied)
+    params |= {"up": f32(WIDTH, 4 * WIDTH), "down": f32(4 * WIDTH, WIDTH)}
+    step = step_of(loss, tied, inside=block), params, batch
+    plan = made(step, "megatron", data=2, tensor=4)
+    program, assignment = plan.subject.program, plan.assignment
+    zeros = {
+        op.results[0]: op_plan
+        for op, op_plan in zip(program.ops, assignment.ops, strict=True)
+        if op.kind == "broadcast_in_dim"
+        and VOCAB in program.values[op.results[0]].shape
+    }
+    scattered = [op for op in program.ops if op.kind == "scatter-add"]
+    assert sum(op.operands[0] in zeros for op in scattered) >= 2
+    for op in scattered:
+        if op.operands[0] in zeros:
+            assert "tensor" in zeros[op.operands[0]].choice.axes
+    whole = [m for m in assignment.moves() if m.steps and m.steps[0].kind == "slice"]
+    assert not {m.value for m in whole} & set(zeros)
+
+
 def test_it_is_the_undecorated_step(x64: None) -> None:
     mesh = {"data": 2, "tensor": 4}
     rng = np.random.default_rng(0)
