@@ -27,8 +27,8 @@ from rhino_jax.verify.witness import Witness, audited
 GIB = 2**30
 MARGIN = 0.08
 """Of a device's memory, what plans leave free (``rhino_jax.api.planning.MARGIN``)."""
-NEAR = (0.85, 0.90, 0.95, 0.99, 1.01, 1.05, 1.10)
-"""How full devices are for which the verdict is asked."""
+NEAR = tuple(percent / 100 for percent in range(85, 111))
+"""How full devices are for which the verdict is asked: every hundredth."""
 FILLED = (0.2, 0.8)
 WIRE_TOLERANCE, TINY_BYTES = 0.05, 4096
 NOTHING = ("false",)
