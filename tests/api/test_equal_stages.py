@@ -12,6 +12,7 @@ import pytest
 
 import rhino_jax as rhino
 from rhino_jax.api.pipelined import PipelinePlanned
+from rhino_jax.ir.analysis.loops import accumulators
 from rhino_jax.ir.mesh import STAGE
 from rhino_jax.ir.steps import PERMUTE
 from rhino_jax.plan import Plan
@@ -57,7 +58,15 @@ def test_equal(
     for one in planned.plan.collectives:
         if one.kind == PERMUTE:
             sent[one.axes[0]] += one.count
-    passed = 3 if layer is sharing else 2  # the carry both ways; what layers share
+    # The carry both ways; of what layers share, the gradient where JAX does not make it
+    # a plain sum (0.10 does not, 0.11 does).
+    passed = sum(
+        op.param["num_carry"]
+        - len(accumulators(*op.programs, op.param["num_consts"], op.param["num_carry"]))
+        for op in planned.traced.program.ops
+        if op.kind == "scan"
+    )
+    assert passed in ({2, 3} if layer is sharing else {2})
     assert sent == {STAGE: passed * ticks}
 
 
