@@ -4,7 +4,7 @@ Stands in for :mod:`rhino_jax.verify.child` (the ``command`` of ``compile_for``)
 for every fusion takes the TPU compiler minutes and changes nothing in memory or
 collectives: this has it say in its log how it assigned its buffers, reads the scheduled
 HLO text that it dumps, and ends it there. Ten seconds instead of two to seven minutes,
-the same program. Written against the log of libtpu 0.0.42.
+the same program. Written against the logs of libtpu 0.0.42 and 0.0.48.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SAYS = {
     "TPU_VMODULE": "buffer_assignment=3,heap_simulator=1",
 }
 DONE = "Buffer assignment done"
-_ALLOCATION = re.compile(r"cc:2664\] allocation \d+: size (\d+), (.*)")
-_TEMPORARIES = re.compile(r"cc:2537\] allocation \d+: size (\d+), preallocated-temp:")
+_ALLOCATION = re.compile(r"cc:\d+\] allocation \d+: size (\d+), (?:page \d+, )?(.*)")
+_TEMPORARIES = "preallocated-temp:"
 _VALUE = re.compile(r"value: (<\d+ .*?>) \(size=(\d+),offset=(\d+)\)")
-_TICK = re.compile(r"heap_simulator.cc:400\] Time step: (\d+)")
-_BORN = re.compile(r"heap_simulator.cc:404\] Start buffer: (<.*>)")
-_FREED = re.compile(r"heap_simulator.cc:(?:498\]  |476\] Sharing <.*> with) (<.*>)")
+_TICK = re.compile(r"heap_simulator.cc:\d+\] Time step: (\d+)")
+_BORN = re.compile(r"heap_simulator.cc:\d+\] Start buffer: (<.*>)")
+_FREED = re.compile(r"heap_simulator.cc:\d+\] (?: |Sharing <.*> with) (<.*>)")
 
 
 def main(folder: Path) -> None:
@@ -87,22 +87,23 @@ def assigned(log: list[str]) -> CompiledMemory:
     start = next(i for i, x in enumerate(log) if "Assigning buffers to module" in x)
     log = log[start:]
     sizes = {"parameter": 0, "live-out": 0, "alias": 0}
-    for line in log:
+    temporaries: list[tuple[int, int]] = []
+    for index, line in enumerate(log):
         if found := _ALLOCATION.search(line):
             num_bytes, what = int(found.group(1)), found.group(2)
+            if what == _TEMPORARIES:
+                temporaries.append((index, num_bytes))
             given, out = what.startswith("parameter"), "maybe-live-out" in what
             sizes["parameter"] += num_bytes * given
             sizes["live-out"] += num_bytes * out
             sizes["alias"] += num_bytes * (given and out)
-    heap = next(i for i, line in enumerate(log) if _TEMPORARIES.search(line))
-    found = _TEMPORARIES.search(log[heap])
-    assert found
+    heap, heap_bytes = temporaries[0]
     fixed = sizes["parameter"] + sizes["live-out"] - sizes["alias"]
     return CompiledMemory(
         argument_bytes=sizes["parameter"],
         output_bytes=sizes["live-out"],
         alias_bytes=sizes["alias"],
-        temp_bytes=int(found.group(1)),
+        temp_bytes=heap_bytes,
         generated_code_bytes=0,
         peak_bytes=fixed + taken_bytes(list(_stays(log, heap))),
     )
