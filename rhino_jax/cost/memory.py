@@ -10,7 +10,7 @@ and the carries of a loop. What a body holds at most stands beside its loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -156,28 +156,32 @@ class Held:
         self,
         stays: Iterable[tuple[int, int, int]] | None = None,
         begin: int = 0,
-        early: bool = True,
+        order: Sequence[int] | None = None,
     ) -> Iterator[Span]:
         """Everything beside the inputs with the ticks during which it stands.
 
-        A loop's body has ticks of its own within those of its instruction. ``stays``:
-        of the buffers outside bodies, if not :meth:`stays`. ``early``: with what a
-        peeled loop begins with.
+        A loop's body has ticks of its own within those of its instruction.
+
+        Args:
+            stays: of the buffers outside bodies, if not :meth:`stays`.
+            order: instructions as they run, if not one after the other: ``stays`` are
+                then by places in it, and nothing of a peeled loop is ahead of it.
         """
+        places = range(len(self.bytes_at)) if order is None else order
         ticks = [begin]
-        for i in range(len(self.bytes_at)):
+        for i in places:
             within = self.within.get(i)
             ticks.append(ticks[-1] + (within.num_ticks if within else 0) + 1)
         last = len(self.bytes_at) - 1
         for size, birth, dies in self.stays() if stays is None else stays:
             if size and dies >= birth:
                 yield Span(size, ticks[max(birth, 0)], ticks[min(dies, last) + 1] - 1)
-        for i, size in self.inside.items():
+        for place, i in enumerate(places) if self.inside else ():
             if i in self.within:
-                yield from self.within[i].spans(begin=ticks[i])
-            else:
-                yield Span(size, ticks[i], ticks[i])
-        for first, i, size in self.early if early else ():
+                yield from self.within[i].spans(begin=ticks[place])
+            elif i in self.inside:
+                yield Span(self.inside[i], ticks[place], ticks[place])
+        for first, i, size in self.early if order is None else ():
             yield Span(size, ticks[first], ticks[i] - 1)
 
     @property
@@ -251,14 +255,16 @@ class Lives:
     Attributes:
         born, dies: the first and the last. One that is written over in place dies
             before the instruction that does so.
-        uses: where it is read, where compilers run the readers.
+        uses: the instructions that read it.
         shared: those that are written over in place, and what by.
+        runs: instructions that compilers run at another's place, and which that is.
     """
 
     born: dict[int, int]
     dies: dict[int, int]
     uses: dict[int, list[int]]
     shared: dict[int, int]
+    runs: dict[int, int]
 
 
 def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
@@ -278,7 +284,7 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
         place = runs.get(index, index)
         for buffer in reads[index]:
             dies[buffer] = max(dies.get(buffer, BEFORE), place)
-            uses.setdefault(buffer, []).append(place)
+            uses.setdefault(buffer, []).append(index)
         for buffer in instruction.writes:
             if fused.written[buffer]:
                 born[buffer] = dies[buffer] = place
@@ -312,7 +318,7 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
                 if dies[made] >= born[made]:
                     dies[read] = index - 1
                     shared[read] = made
-    return Lives(born, dies, uses, shared)
+    return Lives(born, dies, uses, shared, runs)
 
 
 def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
