@@ -17,6 +17,7 @@ from itertools import accumulate
 from rhino_jax.cost.buffers import FUSED, Instruction, RuleOf, Unfolded, unfold
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import PLAIN, Habits
+from rhino_jax.cost.instructions import PRODUCTS
 from rhino_jax.cost.order import (
     combined_at,
     gradients_at_end,
@@ -313,12 +314,17 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
     for index, instruction in enumerate(unfolded.instructions):
         if index in runs:  # a combined collective copies
             continue
-        for read, made in _in_place(instruction, reads[index], unfolded, fused):
+        for read, made in _in_place(instruction, reads[index], unfolded, fused, habits):
             if read in born and dies[read] == index and made in born:
                 if dies[made] >= born[made]:
                     dies[read] = index - 1
                     shared[read] = made
     return Lives(born, dies, uses, shared, runs)
+
+
+def _made_by_library(unfolded: Unfolded, buffer: int) -> bool:
+    at = unfolded.writer[buffer]
+    return at >= 0 and unfolded.instructions[at].kind in PRODUCTS
 
 
 def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
@@ -330,7 +336,11 @@ def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
 
 
 def _in_place(
-    instruction: Instruction, reads: tuple[int, ...], unfolded: Unfolded, fused: Fusion
+    instruction: Instruction,
+    reads: tuple[int, ...],
+    unfolded: Unfolded,
+    fused: Fusion,
+    habits: Habits,
 ) -> Iterator[tuple[int, int]]:
     """Pairs (read, written) of equal size that may be one memory."""
     buffers = unfolded.buffers
@@ -342,8 +352,10 @@ def _in_place(
         )
         return
     # A reduction and what it reduced, in one kernel (softmax, norms): not in place.
-    reduced = {b for read in reads for b in fused.reduced.get(read, ())}
-    left = [b for b in reads if b not in reduced]
+    apart = {b for read in reads for b in fused.reduced.get(read, ())}
+    if habits.workspace_bytes:  # A library gives a pair: what it makes, and scratch.
+        apart.update(b for b in reads if _made_by_library(unfolded, b))
+    left = [b for b in reads if b not in apart]
     for made in instruction.writes:
         if not fused.written[made]:
             continue
