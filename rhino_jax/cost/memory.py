@@ -10,7 +10,7 @@ and the carries of a loop. What a body holds at most stands beside its loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -22,10 +22,11 @@ from rhino_jax.cost.order import (
     combined_at,
     gradients_at_end,
     kept_at_end,
+    products_ahead,
     products_at,
     side_inputs,
-    stores_reduced,
 )
+from rhino_jax.cost.peeled import ahead
 from rhino_jax.cost.placement import Span
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
@@ -131,7 +132,7 @@ class Held:
             size = unfolded.buffers[buffer].num_bytes
             change[max(birth, 0)] += size
             change[max(birth, self.dies[buffer] + 1)] -= size
-        self.early = list(_early(unfolded, self.within)) if habits.peels else []
+        self.early = list(ahead(unfolded, self.within)) if habits.peels else []
         for first, i, size in self.early:
             change[first] += size
             change[i] -= size
@@ -194,18 +195,6 @@ class Held:
     def peak_bytes(self) -> int:
         return max(self.bytes_at, default=0)
 
-    def before_carry_bytes(self) -> int:
-        """Of a body: what stands when the first instruction reads a carry."""
-        waiting = {self.unfolded.inputs[i] for i, _ in self.unfolded.same}
-        for index, instruction in enumerate(self.unfolded.instructions):
-            if waiting.intersection(instruction.reads):
-                return sum(
-                    self.unfolded.buffers[buffer].num_bytes
-                    for buffer, birth in self.born.items()
-                    if birth < index <= self.dies[buffer]
-                )
-        return 0
-
     def named(self, spot: int) -> Iterator[tuple[str, int]]:
         """The largest buffers held during one instruction, in its bodies too."""
         yield from sorted(self._named(spot), key=lambda pair: (-pair[1], pair[0]))[
@@ -225,28 +214,6 @@ class Held:
             yield from body._named(body.bytes_at.index(body.peak_bytes))
         elif self.inside.get(spot):
             yield f"workspace of {instructions[spot].kind}", self.inside[spot]
-
-
-def _early(
-    unfolded: Unfolded, within: Mapping[int, Held]
-) -> Iterator[tuple[int, int, int]]:
-    """Of peeled loops: from where until when how many bytes stand ahead of them."""
-    for i, body in within.items():
-        first = _early_from(unfolded, i, body)
-        if first < i:
-            yield first, i, body.before_carry_bytes()
-
-
-def _early_from(unfolded: Unfolded, loop: int, body: Held) -> int:
-    """Where the first turn of a loop may begin: all that it stacks over is there.
-
-    ``loop`` itself where the loop is not peeled.
-    """
-    if not stores_reduced(body.unfolded):
-        return loop
-    carried = {before for before, _ in unfolded.instructions[loop].overwrites}
-    reads = (b for b in unfolded.instructions[loop].reads if b not in carried)
-    return 1 + max((unfolded.writer[b] for b in reads), default=-1)
 
 
 @dataclass(frozen=True)
@@ -273,11 +240,13 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
     end = len(unfolded.instructions)
     reads = [real_reads(x, fused) for x in unfolded.instructions]
     runs = combined_at(unfolded, reads, habits.combine_bytes)
-    late = products_at(unfolded) if habits.late_products else {}
+    late = products_at(unfolded, habits.stores_last) if habits.late_products else {}
     if habits.stores_last:
         runs.update(gradients_at_end(unfolded))
-        runs.update(kept_at_end(unfolded))
+        runs.update(kept := kept_at_end(unfolded))
     runs.update(late)
+    if habits.stores_last and kept:
+        runs.update(products_ahead(unfolded, runs))
     born: dict[int, int] = {}
     dies: dict[int, int] = dict.fromkeys(unfolded.inputs, BEFORE)
     uses: dict[int, list[int]] = {}
