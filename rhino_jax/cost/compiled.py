@@ -58,10 +58,10 @@ def compiled(
     )
     if limit_bytes is not None or room is None or held.peak_bytes <= room:
         return Compiled(placed, top, placed)
-    stands, count = recomputed(held, room)
-    stays = ((s.num_bytes, s.first, s.last_held()) for s in stands)
-    spans = list(held.spans(stays, early=False))
+    found = recomputed(held, room)
+    stays = ((s.num_bytes, s.first, s.last_held()) for s in found.stands)
+    spans = list(held.spans(stays, order=found.order))
     less = memory.input_bytes + peak_bytes(spans)
     if less >= top:
         return Compiled(placed, top, placed)
-    return Compiled(placed, less, memory.input_bytes + placed_bytes(spans), count)
+    return Compiled(placed, less, memory.input_bytes + placed_bytes(spans), found.count)

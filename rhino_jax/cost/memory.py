@@ -10,21 +10,23 @@ and the carries of a loop. What a body holds at most stands beside its loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from rhino_jax.cost.buffers import FUSED, Instruction, RuleOf, Unfolded, unfold
 from rhino_jax.cost.fusion import Fusion, fusion
 from rhino_jax.cost.habits import PLAIN, Habits
+from rhino_jax.cost.instructions import PRODUCTS
 from rhino_jax.cost.order import (
     combined_at,
     gradients_at_end,
     kept_at_end,
+    products_ahead,
     products_at,
     side_inputs,
-    stores_reduced,
 )
+from rhino_jax.cost.peeled import ahead
 from rhino_jax.cost.placement import Span
 from rhino_jax.ir.assignment import Assignment
 from rhino_jax.ir.mesh import Mesh
@@ -130,7 +132,7 @@ class Held:
             size = unfolded.buffers[buffer].num_bytes
             change[max(birth, 0)] += size
             change[max(birth, self.dies[buffer] + 1)] -= size
-        self.early = list(_early(unfolded, self.within)) if habits.peels else []
+        self.early = list(ahead(unfolded, self.within)) if habits.peels else []
         for first, i, size in self.early:
             change[first] += size
             change[i] -= size
@@ -156,28 +158,32 @@ class Held:
         self,
         stays: Iterable[tuple[int, int, int]] | None = None,
         begin: int = 0,
-        early: bool = True,
+        order: Sequence[int] | None = None,
     ) -> Iterator[Span]:
         """Everything beside the inputs with the ticks during which it stands.
 
-        A loop's body has ticks of its own within those of its instruction. ``stays``:
-        of the buffers outside bodies, if not :meth:`stays`. ``early``: with what a
-        peeled loop begins with.
+        A loop's body has ticks of its own within those of its instruction.
+
+        Args:
+            stays: of the buffers outside bodies, if not :meth:`stays`.
+            order: instructions as they run, if not one after the other: ``stays`` are
+                then by places in it, and nothing of a peeled loop is ahead of it.
         """
+        places = range(len(self.bytes_at)) if order is None else order
         ticks = [begin]
-        for i in range(len(self.bytes_at)):
+        for i in places:
             within = self.within.get(i)
             ticks.append(ticks[-1] + (within.num_ticks if within else 0) + 1)
         last = len(self.bytes_at) - 1
         for size, birth, dies in self.stays() if stays is None else stays:
             if size and dies >= birth:
                 yield Span(size, ticks[max(birth, 0)], ticks[min(dies, last) + 1] - 1)
-        for i, size in self.inside.items():
+        for place, i in enumerate(places) if self.inside else ():
             if i in self.within:
-                yield from self.within[i].spans(begin=ticks[i])
-            else:
-                yield Span(size, ticks[i], ticks[i])
-        for first, i, size in self.early if early else ():
+                yield from self.within[i].spans(begin=ticks[place])
+            elif i in self.inside:
+                yield Span(self.inside[i], ticks[place], ticks[place])
+        for first, i, size in self.early if order is None else ():
             yield Span(size, ticks[first], ticks[i] - 1)
 
     @property
@@ -188,18 +194,6 @@ class Held:
     @property
     def peak_bytes(self) -> int:
         return max(self.bytes_at, default=0)
-
-    def before_carry_bytes(self) -> int:
-        """Of a body: what stands when the first instruction reads a carry."""
-        waiting = {self.unfolded.inputs[i] for i, _ in self.unfolded.same}
-        for index, instruction in enumerate(self.unfolded.instructions):
-            if waiting.intersection(instruction.reads):
-                return sum(
-                    self.unfolded.buffers[buffer].num_bytes
-                    for buffer, birth in self.born.items()
-                    if birth < index <= self.dies[buffer]
-                )
-        return 0
 
     def named(self, spot: int) -> Iterator[tuple[str, int]]:
         """The largest buffers held during one instruction, in its bodies too."""
@@ -222,28 +216,6 @@ class Held:
             yield f"workspace of {instructions[spot].kind}", self.inside[spot]
 
 
-def _early(
-    unfolded: Unfolded, within: Mapping[int, Held]
-) -> Iterator[tuple[int, int, int]]:
-    """Of peeled loops: from where until when how many bytes stand ahead of them."""
-    for i, body in within.items():
-        first = _early_from(unfolded, i, body)
-        if first < i:
-            yield first, i, body.before_carry_bytes()
-
-
-def _early_from(unfolded: Unfolded, loop: int, body: Held) -> int:
-    """Where the first turn of a loop may begin: all that it stacks over is there.
-
-    ``loop`` itself where the loop is not peeled.
-    """
-    if not stores_reduced(body.unfolded):
-        return loop
-    carried = {before for before, _ in unfolded.instructions[loop].overwrites}
-    reads = (b for b in unfolded.instructions[loop].reads if b not in carried)
-    return 1 + max((unfolded.writer[b] for b in reads), default=-1)
-
-
 @dataclass(frozen=True)
 class Lives:
     """When each real buffer but the inputs is held, by instruction.
@@ -251,14 +223,16 @@ class Lives:
     Attributes:
         born, dies: the first and the last. One that is written over in place dies
             before the instruction that does so.
-        uses: where it is read, where compilers run the readers.
+        uses: the instructions that read it.
         shared: those that are written over in place, and what by.
+        runs: instructions that compilers run at another's place, and which that is.
     """
 
     born: dict[int, int]
     dies: dict[int, int]
     uses: dict[int, list[int]]
     shared: dict[int, int]
+    runs: dict[int, int]
 
 
 def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
@@ -266,11 +240,13 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
     end = len(unfolded.instructions)
     reads = [real_reads(x, fused) for x in unfolded.instructions]
     runs = combined_at(unfolded, reads, habits.combine_bytes)
-    late = products_at(unfolded) if habits.late_products else {}
+    late = products_at(unfolded, habits.stores_last) if habits.late_products else {}
     if habits.stores_last:
         runs.update(gradients_at_end(unfolded))
-        runs.update(kept_at_end(unfolded))
+        runs.update(kept := kept_at_end(unfolded))
     runs.update(late)
+    if habits.stores_last and kept:
+        runs.update(products_ahead(unfolded, runs))
     born: dict[int, int] = {}
     dies: dict[int, int] = dict.fromkeys(unfolded.inputs, BEFORE)
     uses: dict[int, list[int]] = {}
@@ -278,7 +254,7 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
         place = runs.get(index, index)
         for buffer in reads[index]:
             dies[buffer] = max(dies.get(buffer, BEFORE), place)
-            uses.setdefault(buffer, []).append(place)
+            uses.setdefault(buffer, []).append(index)
         for buffer in instruction.writes:
             if fused.written[buffer]:
                 born[buffer] = dies[buffer] = place
@@ -307,12 +283,17 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
     for index, instruction in enumerate(unfolded.instructions):
         if index in runs:  # a combined collective copies
             continue
-        for read, made in _in_place(instruction, reads[index], unfolded, fused):
+        for read, made in _in_place(instruction, reads[index], unfolded, fused, habits):
             if read in born and dies[read] == index and made in born:
                 if dies[made] >= born[made]:
                     dies[read] = index - 1
                     shared[read] = made
-    return Lives(born, dies, uses, shared)
+    return Lives(born, dies, uses, shared, runs)
+
+
+def _made_by_library(unfolded: Unfolded, buffer: int) -> bool:
+    at = unfolded.writer[buffer]
+    return at >= 0 and unfolded.instructions[at].kind in PRODUCTS
 
 
 def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
@@ -324,7 +305,11 @@ def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
 
 
 def _in_place(
-    instruction: Instruction, reads: tuple[int, ...], unfolded: Unfolded, fused: Fusion
+    instruction: Instruction,
+    reads: tuple[int, ...],
+    unfolded: Unfolded,
+    fused: Fusion,
+    habits: Habits,
 ) -> Iterator[tuple[int, int]]:
     """Pairs (read, written) of equal size that may be one memory."""
     buffers = unfolded.buffers
@@ -336,8 +321,10 @@ def _in_place(
         )
         return
     # A reduction and what it reduced, in one kernel (softmax, norms): not in place.
-    reduced = {b for read in reads for b in fused.reduced.get(read, ())}
-    left = [b for b in reads if b not in reduced]
+    apart = {b for read in reads for b in fused.reduced.get(read, ())}
+    if habits.workspace_bytes:  # A library gives a pair: what it makes, and scratch.
+        apart.update(b for b in reads if _made_by_library(unfolded, b))
+    left = [b for b in reads if b not in apart]
     for made in instruction.writes:
         if not fused.written[made]:
             continue

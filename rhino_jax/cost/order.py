@@ -10,7 +10,9 @@ began (all then run where that stands).
 
 **Products that add.** A matrix product whose result is only added to something becomes
 one library call that adds (``beta = 1``). It waits for what it is added to: the logits'
-gradient of a tied embedding is kept until the look-up's gradient is there too.
+gradient of a tied embedding is kept until the look-up's gradient is there too. Where
+there is a conversion between the two it is not one call, and waits only where something
+is sent behind it, to be hidden: not in a loop over microbatches.
 
 **Convolutions that add.** Of two that are added the later one adds the other.
 
@@ -19,14 +21,17 @@ that the optimizer: they run last, and all that they read stands until then. (Wi
 nothing to reduce they run as soon as they can.) In a loop over microbatches those that
 are added to an accumulator run at its end, if anything moves between devices in it.
 
-**Products that a loop stores.** They run at the end of its body.
+**Products that a loop stores.** They run at the end of its body. And what only products
+read that run later than they stand runs right before them: the values' gradient of an
+attention, behind those of its scores, so that the shares stand beside both.
 
-**Loops that store what they reduce.** Their first turn is peeled off
-(:func:`stores_reduced`): recomputing the last layer then runs before the loss.
+**Loops that store what they reduce** (:func:`stores_reduced`). Their first turn is
+peeled off (:mod:`rhino_jax.cost.peeled`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rhino_jax.cost.buffers import Unfolded
@@ -34,6 +39,7 @@ from rhino_jax.cost.instructions import (
     ADDS,
     CONVERTS,
     PRODUCTS,
+    REDUCING,
     STORE,
     Instruction,
 )
@@ -86,22 +92,27 @@ def combined_at(
     return found
 
 
-def products_at(unfolded: Unfolded) -> dict[int, int]:
+def products_at(unfolded: Unfolded, apart: bool = False) -> dict[int, int]:
     """Product -> the addition that it becomes part of, or waits for.
 
-    Between the two there may be conversions that nothing else reads.
+    Between the two there may be conversions that nothing else reads. ``apart``: it is
+    then not part of the addition, and waits only to hide what is sent behind it.
     """
     ready = unfolded.writer
+    sends = (i for i, x in enumerate(unfolded.instructions) if x.kind in COMBINED)
+    last_sent = max(sends, default=-1)
     found = {}
     for index, instruction in enumerate(unfolded.instructions):
         if instruction.kind != "dot_general":
             continue
-        (made,) = instruction.writes
-        reader = _only_reader(unfolded, made)
+        (product,) = instruction.writes
+        made, reader = product, _only_reader(unfolded, product)
         while reader is not None and unfolded.instructions[reader].kind in CONVERTS:
             (made,) = unfolded.instructions[reader].writes
             reader = _only_reader(unfolded, made)
         if reader is None or unfolded.instructions[reader].kind not in ADDS:
+            continue
+        if apart and made != product and reader > last_sent:
             continue
         others = [b for b in unfolded.instructions[reader].reads if b != made]
         size = unfolded.buffers[made].num_bytes
@@ -110,6 +121,31 @@ def products_at(unfolded: Unfolded) -> dict[int, int]:
         ):
             found[index] = reader
     return found
+
+
+def products_ahead(unfolded: Unfolded, runs: Mapping[int, int]) -> dict[int, int]:
+    """Products that only later products read -> where the first of those runs.
+
+    Sums of their results (the gradient of a bias) are made there too. ``runs``: what is
+    known to run later than it stands.
+    """
+    found: dict[int, int] = {}
+    for index in reversed(range(len(unfolded.instructions))):
+        instruction = unfolded.instructions[index]
+        if instruction.kind != "dot_general" or index in runs:
+            continue
+        readers = unfolded.readers[instruction.writes[0]]
+        places = {r: runs.get(r, found.get(r)) for r in readers}
+        later = [place for place in places.values() if place is not None]
+        others = [r for r, place in places.items() if place is None]
+        first = min(later, default=index)
+        if first > index and all(_sums(unfolded.instructions[r]) for r in others):
+            found.update(dict.fromkeys((index, *others), first))
+    return found
+
+
+def _sums(instruction: Instruction) -> bool:
+    return instruction.role == REDUCING
 
 
 def side_inputs(unfolded: Unfolded) -> dict[int, int]:

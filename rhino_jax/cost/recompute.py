@@ -4,7 +4,9 @@ XLA's ``HloRematerialization`` walks through the schedule, and where more stands
 limit allows it looks for one buffer not needed right now whose instruction it can
 repeat before the next reader: that which frees most, after what the repetition keeps
 alive is taken off. An instruction that nothing has read yet is simply moved there.
-Library calls (matrix products), collectives and loops are not repeated.
+The repetition runs before whatever next reads what it reads itself, so that none of
+this stands longer for it; what it makes then stands from there, and may be repeated
+once more. Library calls (matrix products), collectives and loops are not repeated.
 
 On a GPU the limit on what stands beside inputs and outputs is 95 % of what they leave
 of 80 % of its memory (``xla_gpu_memory_limit_slop_factor`` and
@@ -14,7 +16,7 @@ of 80 % of its memory (``xla_gpu_memory_limit_slop_factor`` and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,9 +26,12 @@ from rhino_jax.cost.memory import Held, real_reads
 REPEATED = frozenset((FUSED, REDUCING))
 
 
-@dataclass
+@dataclass(eq=False)
 class Stand:
-    """One stay of a buffer: from its writer, or its repetition, to the last reader."""
+    """One stay of a buffer: from its writer, or its repetition, to the last reader.
+
+    Instructions are named by their places in the order in which they run.
+    """
 
     buffer: int
     num_bytes: int
@@ -39,122 +44,165 @@ class Stand:
     shared: bool
     """The last reader writes over it."""
     movable: bool
+    moved: bool = False
+    """It was not read before it was repeated."""
 
     def last_held(self) -> int:
         return self.last - self.shared
 
 
-def recomputed(held: Held, limit_bytes: int) -> tuple[list[Stand], int]:
-    """Stays of all buffers once what stands beside inputs and outputs is cut down.
+@dataclass(frozen=True)
+class Recomputed:
+    """What stands once a compiler has cut it down to a limit, as far as it can.
 
-    And how many instructions were repeated or moved for it. Where nothing more can be,
-    it remains over the limit.
+    Attributes:
+        order: instructions as they run.
+        stands: all stays, by places in ``order``.
+        count: how many instructions were repeated or moved.
     """
-    stands = list(_stands(held))
-    outputs = set(held.unfolded.outputs)
-    usage = np.zeros(len(held.bytes_at) + 1, np.int64)
-    for i, size in held.inside.items():
-        usage[i] += size
-    for one in stands:
-        if one.buffer not in outputs:
-            usage[one.first : one.last + 1] += one.num_bytes
-    by_buffer: dict[int, list[Stand]] = {}
-    count = 0
-    for one in stands:
-        by_buffer.setdefault(one.buffer, []).append(one)
-    for now in range(len(held.bytes_at)):
-        while usage[now] > limit_bytes:
-            found = _best(stands, by_buffer, now, limit_bytes, outputs)
-            if found is None:
-                break
-            again = _repeat(found, by_buffer, usage, now)
-            stands.append(again)
-            count += 1
-            if not found.uses:
-                stands.remove(found)
-    return stands, count
+
+    order: tuple[int, ...]
+    stands: list[Stand]
+    count: int
 
 
-def _stands(held: Held) -> Iterator[Stand]:
-    unfolded, lives = held.unfolded, held.lives
-    kept = {*unfolded.outputs, *unfolded.inputs}
-    for buffer, first in lives.born.items():
-        size, last = unfolded.buffers[buffer].num_bytes, lives.dies[buffer]
-        shared = buffer in lives.shared
-        if not size or (last < first and not shared):
-            continue
-        made_by = unfolded.instructions[unfolded.writer[buffer]]
-        uses = sorted(set(lives.uses.get(buffer, ())))
-        yield Stand(
-            buffer,
-            size,
-            max(first, 0),
-            last + shared,
-            uses,
-            real_reads(made_by, held.fused),
-            shared,
-            made_by.role in REPEATED and buffer not in kept and bool(uses),
+def recomputed(held: Held, limit_bytes: int) -> Recomputed:
+    """What stands beside inputs and outputs, cut down to a limit if that can be."""
+    walk = _Walk(held, limit_bytes)
+    for now in range(len(walk.order)):
+        while walk.usage[now] > limit_bytes and (found := walk.best(now)):
+            walk.repeat(found, now)
+    return Recomputed(walk.order, walk.stands, walk.count)
+
+
+def in_order(held: Held) -> tuple[int, ...]:
+    """Instructions as they run: those at one place in the order of the program."""
+    runs = held.lives.runs
+    return tuple(sorted(range(len(held.bytes_at)), key=lambda i: (runs.get(i, i), i)))
+
+
+@dataclass
+class _Walk:
+    held: Held
+    limit_bytes: int
+    order: tuple[int, ...] = ()
+    place: dict[int, int] = field(default_factory=dict)
+    """Instruction -> where it runs."""
+    stands: list[Stand] = field(default_factory=list)
+    by_buffer: dict[int, list[Stand]] = field(default_factory=dict)
+    readers: dict[int, set[int]] = field(default_factory=dict)
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.order = in_order(self.held)
+        self.place = {i: place for place, i in enumerate(self.order)}
+        self.outputs = set(self.held.unfolded.outputs)
+        self.readers = {
+            buffer: {self.place[i] for i in uses}
+            for buffer, uses in self.held.lives.uses.items()
+        }
+        self.stands = sorted(self.as_written(), key=lambda one: one.first)
+        self.usage = np.zeros(len(self.order) + 1, np.int64)
+        for i, size in self.held.inside.items():
+            self.usage[self.place[i]] += size
+        for one in self.stands:
+            self.by_buffer.setdefault(one.buffer, []).append(one)
+            if one.buffer not in self.outputs:
+                self.usage[one.first : one.last + 1] += one.num_bytes
+
+    def as_written(self) -> Iterator[Stand]:
+        unfolded, lives = self.held.unfolded, self.held.lives
+        kept = {*unfolded.outputs, *unfolded.inputs}
+        until: dict[int, int] = {}
+        """Place in the program -> the last that runs there."""
+        for place, i in enumerate(self.order):
+            until[lives.runs.get(i, i)] = place
+        for buffer, first in lives.born.items():
+            size, last = unfolded.buffers[buffer].num_bytes, lives.dies[buffer]
+            shared = buffer in lives.shared
+            if not size or (last < first and not shared):
+                continue
+            made_by = unfolded.instructions[unfolded.writer[buffer]]
+            begin = self.place[unfolded.writer[buffer]]
+            uses = sorted(self.readers.get(buffer, ()))
+            if buffer in self.outputs:
+                end = until.get(last, len(self.order) - 1)
+            else:
+                end = uses[-1] if uses else begin
+            yield Stand(
+                buffer,
+                size,
+                begin,
+                end,
+                uses,
+                real_reads(made_by, self.held.fused),
+                shared,
+                made_by.role in REPEATED and buffer not in kept and bool(uses),
+            )
+
+    def best(self, now: int) -> Stand | None:
+        """What frees most if it is repeated later; the earliest of equals."""
+        lowest, found = None, None
+        for one in self.stands:
+            if not one.first < now < one.last or not one.movable or now in one.uses:
+                continue
+            freed = one.num_bytes - sum(self.lost(one, now))
+            if freed <= 0:
+                continue
+            cost = self.limit_bytes // freed if one.uses[0] < now else 0
+            if lowest is None or cost < lowest:
+                lowest, found = cost, one
+        return found
+
+    def lost(self, one: Stand, now: int) -> Iterator[int]:
+        """Bytes that would have to stand now to repeat ``one`` later."""
+        for source in one.sources:
+            stays = self.by_buffer.get(source)
+            if stays and source not in self.outputs:
+                if not any(s.first <= now <= s.last for s in stays):
+                    yield stays[0].num_bytes
+
+    def repeat(self, one: Stand, now: int) -> None:
+        before = [use for use in one.uses if use < now]
+        after = [use for use in one.uses if use > now]
+        place = after[0]
+        for source in one.sources:
+            later = (use for use in self.readers.get(source, ()) if use > now)
+            place = min(place, min(later, default=place))
+        again = Stand(
+            one.buffer,
+            one.num_bytes,
+            place,
+            one.last,
+            after,
+            one.sources,
+            one.shared,
+            bool(before) or not one.moved,
+            not before,
         )
+        end = before[-1] if before else one.first - 1
+        self.usage[end + 1 : again.first] -= one.num_bytes
+        one.last, one.uses, one.shared = end, before, False
+        for source in one.sources:
+            self.extend(source, place)
+            self.readers.setdefault(source, set()).add(place)
+        self.by_buffer[one.buffer].append(again)
+        at = next((i for i, s in enumerate(self.stands) if s.first >= place), None)
+        self.stands.insert(len(self.stands) if at is None else at, again)
+        if not before:
+            self.stands.remove(one)
+            self.by_buffer[one.buffer].remove(one)
+        self.count += 1
 
-
-def _standing(by_buffer: dict[int, list[Stand]], buffer: int, now: int) -> bool:
-    return any(s.first <= now <= s.last for s in by_buffer.get(buffer, ()))
-
-
-def _best(
-    stands: list[Stand],
-    by_buffer: dict[int, list[Stand]],
-    now: int,
-    limit_bytes: int,
-    outputs: set[int],
-) -> Stand | None:
-    best: tuple[int, int] | None = None
-    found = None
-    for order, one in enumerate(stands):
-        if not one.movable or not one.first < now < one.last or now in one.uses:
-            continue
-        lost = sum(
-            by_buffer[s][0].num_bytes
-            for s in one.sources
-            if s in by_buffer and s not in outputs and not _standing(by_buffer, s, now)
-        )
-        freed = one.num_bytes - lost
-        if freed <= 0:
-            continue
-        cost = limit_bytes // freed if one.uses[0] < now else 0
-        if best is None or (cost, order) < best:
-            best, found = (cost, order), one
-    return found
-
-
-def _repeat(
-    one: Stand, by_buffer: dict[int, list[Stand]], usage: np.ndarray, now: int
-) -> Stand:
-    before = [use for use in one.uses if use < now]
-    after = [use for use in one.uses if use > now]
-    moved = not before
-    again = Stand(
-        one.buffer,
-        one.num_bytes,
-        after[0],
-        one.last,
-        after,
-        one.sources,
-        one.shared,
-        not moved,
-    )
-    end = before[-1] if before else one.first - 1
-    usage[end + 1 : again.first] -= one.num_bytes
-    one.last, one.uses, one.shared = end, before, False
-    by_buffer[one.buffer].append(again)
-    for source in one.sources:
-        stays = [s for s in by_buffer.get(source, ()) if s.first <= again.first]
+    def extend(self, source: int, place: int) -> None:
+        """Let what is read stand until ``place``."""
+        stays = [s for s in self.by_buffer.get(source, ()) if s.first <= place]
         if not stays:
-            continue
+            return
         stay = max(stays, key=lambda s: s.first)
-        if stay.last < again.first:
-            usage[stay.last + 1 : again.first + 1] += stay.num_bytes
-            stay.last, stay.shared = again.first, False
-        if again.first not in stay.uses:
-            stay.uses = sorted([*stay.uses, again.first])
-    return again
+        if stay.last < place:
+            if source not in self.outputs:
+                self.usage[stay.last + 1 : place + 1] += stay.num_bytes
+            stay.last, stay.shared = place, False
+        if place not in stay.uses:
+            stay.uses = sorted([*stay.uses, place])

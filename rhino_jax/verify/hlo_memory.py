@@ -1,10 +1,12 @@
 """What stands in memory when a compiled program needs most, read off its schedule.
 
 Optimized HLO text is in the order in which it runs, so liveness over it says which
-arrays stand side by side. Compilers place buffers more cleverly than this reader (an
-operand's memory taken over by a fusion, say): its total is near theirs, theirs is the
-one to quote. Layout tiles count: ``f32[256,1000]{1,0:T(8,128)}`` takes 1024 columns.
-No JAX here.
+arrays stand side by side. A fusion or an all-reduce may write over an operand that it
+reads last, if that is the whole result of the instruction before: not one of a pair (a
+library's product beside its scratch memory), nor what a collective under way gave.
+Other products do where the text says so (``output_to_operand_aliasing``). The total is
+near the compiler's, to the byte on many GPU programs; theirs is the one to quote.
+Layout tiles count: ``f32[256,1000]{1,0:T(8,128)}`` takes 1024 columns. No JAX here.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ _TILE = re.compile(r"\((\d+(?:,\d+)*)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{(\d*)\}")
 _RECOMPUTED = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+\.remat[\w.]* = ", re.MULTILINE)
+_WRITTEN_OVER = re.compile(r"output_to_operand_aliasing=\{\{0?\}: \((\d+), \{\}\)")
+"""The operand that an instruction's (first) result is written over."""
 _CALLS = ("calls", "to_apply", "body", "condition")
 _VIEWS = frozenset(
     "bitcast get-tuple-element tuple optimization-barrier domain after-all".split()
@@ -236,6 +240,7 @@ class _Walk:
             for buffer in leaves
             if buffer != _OUTSIDE and live.buffers[buffer].dies == index
         ]
+        shared = self.shared(live, one, reads)
         shapes = [
             f"{dtype}[{dims}]" for dtype, dims, _ in _ARRAY.findall(one.type_text)
         ]
@@ -247,14 +252,24 @@ class _Walk:
             if one.opcode.endswith("-start") and position == 0 and reads:
                 made.append(reads[0][0])  # its operand, handed on
                 continue
-            shared = one.opcode in ("fusion", *_REDUCED_IN_PLACE)
             same = [b for b in free if live.buffers[b].num_bytes == size and size]
-            if shared and same:
+            same = [b for b in same if b in shared]
+            if same:
                 free.remove(same[0])
                 live.buffers[same[0]].dies = index - 1
             live.buffers.append(_Buffer(size, one, shapes[position], index, index))
             made.append(len(live.buffers) - 1)
         return tuple(made)
+
+    def shared(self, live: _Live, one: Instruction, reads: list[Leaves]) -> Leaves:
+        """The buffers that a result may be written over, if they are read last."""
+        if one.opcode in ("fusion", *_REDUCED_IN_PLACE):
+            made = (b for leaves in reads for b in leaves if b != _OUTSIDE)
+            return tuple(
+                b for b in made if live.buffers[b].made_by.name in one.operands
+            )
+        told = _WRITTEN_OVER.search(one.rest)
+        return reads[int(told.group(1))] if told else ()
 
     def taken_over(self, one: Instruction) -> int | None:
         """The operand that is changed in place, if one is."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from rhino_jax.cost.buffers import unfold
+from rhino_jax.cost.fusion import fusion
+from rhino_jax.cost.habits import HABITS
+from rhino_jax.cost.memory import Held
 from rhino_jax.ir.assignment import Assignment, OpPlan
 from rhino_jax.ir.factors import BLOCKED, PARALLEL, REDUCTION, Factor, Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Op, Program, Value
+from rhino_jax.rules import rule_of
 from rhino_jax.search.choose import plan_recipe
 from rhino_jax.search.subject import Subject
 from rhino_jax.trace import Traced, trace
@@ -102,3 +107,50 @@ def planned(recipe: str, mesh: Mesh) -> Assignment:
         found.program, found.input_paths, found.output_paths, found.state_pairs
     )
     return plan_recipe(subject, mesh, recipe, {})[1]
+
+
+BATCH, LENGTH, HEADS, DEPTH, DEVICES = 8, 32, 4, 16, 4
+CHANNELS = HEADS * DEPTH
+
+
+@lru_cache
+def attending() -> Traced:
+    """A step on recomputed layers of masked attention, in a scan."""
+
+    def layer(mask: jax.Array, x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
+        scaled = jnp.tanh(x)
+        q, k, v = (
+            (scaled @ weights[name]).reshape(-1, LENGTH, HEADS, DEPTH) for name in "qkv"
+        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+        shares = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e9))
+        made = jnp.einsum("bhqk,bkhd->bqhd", shares, v).reshape(x.shape)
+        return x + jnp.tanh(made @ weights["out"]), None
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        at = jnp.arange(LENGTH)
+        mask = jnp.broadcast_to(at[:, None] >= at[None, :], (BATCH, LENGTH, LENGTH))
+        one = jax.checkpoint(partial(layer, mask))
+        x, _ = jax.lax.scan(one, x, params["layers"])
+        return jnp.mean(jnp.square(x @ params["head"]))
+
+    def train_step(params: Any, x: jax.Array) -> Any:
+        grads = jax.grad(loss)(params, x)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    layers = {name: f32(LAYERS, CHANNELS, CHANNELS) for name in ("q", "k", "v", "out")}
+    params = {"layers": layers, "head": f32(CHANNELS, CHANNELS)}
+    return trace(train_step, (params, f32(BATCH, LENGTH, CHANNELS)))
+
+
+def held_layers(recipe: str, platform: str = "cuda") -> Held:
+    """:func:`attending` under a recipe, as a platform's compiler holds it."""
+    found, mesh, habits = attending(), Mesh.of(data=DEVICES), HABITS[platform]
+    subject = Subject(
+        found.program, found.input_paths, found.output_paths, found.state_pairs
+    )
+    assignment = plan_recipe(subject, mesh, recipe, {})[1]
+    unfolded = unfold(
+        found.program, assignment, mesh, rule_of, tuple(found.donated), habits
+    )
+    return Held(unfolded, fusion(unfolded, habits), habits)

@@ -13,11 +13,11 @@ from rhino_jax.cost.fusion import fusion
 from rhino_jax.cost.habits import HABITS, Habits
 from rhino_jax.cost.memory import Held, memory_of
 from rhino_jax.cost.placement import peak_bytes
-from rhino_jax.cost.recompute import recomputed
+from rhino_jax.cost.recompute import in_order, recomputed
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.rules import rule_of
-from tests.cost.plans import ONE, planned, program, trained, whole
+from tests.cost.plans import LAYERS, ONE, planned, program, trained, whole
 
 VECTOR, KB = (256,), 1024
 RECOMPUTES = replace(HABITS["cpu"], recomputes=(1.0, 1.0))
@@ -90,15 +90,48 @@ def test_a_compiler_that_never_recomputes_leaves_the_program() -> None:
 
 def test_stays_of_one_buffer_do_not_overlap_and_serve_every_reader() -> None:
     one = held(saved(6))
-    stands, count = recomputed(one, one.peak_bytes - 4 * KB)
-    assert count > 1
+    found = recomputed(one, one.peak_bytes - 4 * KB)
+    assert found.count > 1
     for buffer in one.born:
-        stays = sorted((s.first, s.last) for s in stands if s.buffer == buffer)
+        stays = sorted((s.first, s.last) for s in found.stands if s.buffer == buffer)
         assert all(a[1] < b[0] for a, b in itertools.pairwise(stays))
         for use in one.lives.uses.get(buffer, ()):
-            assert any(first <= use <= last for first, last in stays)
-        for source in {s for x in stands if x.buffer == buffer for s in x.sources}:
+            place = found.order.index(use)
+            assert any(first <= place <= last for first, last in stays)
+        for source in {
+            s for x in found.stands if x.buffer == buffer for s in x.sources
+        }:
             assert source in one.unfolded.inputs or source in one.born
+
+
+def test_a_repetition_runs_before_what_next_reads_its_source() -> None:
+    # 2 = tanh(1) is read at once and at the end, 1 last by op 4: 2 is made again there.
+    ops = [
+        ("mystery", (0,), (1,)),
+        ("tanh", (1,), (2,)),
+        ("mystery", (2,), (3,)),
+        ("mystery", (3,), (4,)),
+        ("mystery", (4, 1), (5,)),
+        ("mystery", (5,), (6,)),
+        ("mystery", (6, 2), (7,)),
+    ]
+    one = held(program([VECTOR] * 8, (0,), ops, (7,)))
+    assert one.peak_bytes == 4 * KB  # 1, 2, 3 and 4, during op 3
+    found = recomputed(one, 3 * KB)
+    again = sorted((s.first, s.last) for s in found.stands if s.buffer == 2)
+    assert again == [(1, 2), (4, 6)]
+    assert [s.last for s in found.stands if s.buffer == 1] == [4]
+
+
+def test_gradients_that_run_last_run_one_after_the_other() -> None:
+    mesh, habits = Mesh.of(data=4), HABITS["cuda"]
+    of, assignment = trained().program, planned("data_parallel", mesh)
+    unfolded = unfold(of, assignment, mesh, rule_of, (), habits)
+    one = Held(unfolded, fusion(unfolded, habits), habits)
+    order = in_order(one)
+    assert sorted(order) == list(range(len(unfolded.instructions)))
+    products = [i for i in order if unfolded.instructions[i].kind == "dot_general"]
+    assert products[-LAYERS:] == [i for i in products if i in one.lives.runs]
 
 
 @pytest.mark.parametrize("recipe", ["data_parallel", "zero3"])

@@ -236,6 +236,18 @@ def test_a_softmax_is_not_written_over_its_logits() -> None:
     assert (found.temp_bytes, plain.ops[found.op].kind) == (2 * KB, "sort")
 
 
+def test_what_a_library_makes_is_not_written_over() -> None:
+    # Compiled for an H100 with 8192 by 8192: 512 MiB of temporaries, not 256.
+    def step(x: jax.Array, w: jax.Array, narrow: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ w) @ narrow
+
+    of, assignment = traced_whole(step, f32(16, 16), f32(16, 16), f32(16, 1))
+    alone = memory(of, assignment, ONE, rule_of)
+    pair = memory(of, assignment, ONE, rule_of, (), Habits(workspace_bytes=1))
+    assert alone.temp_bytes == KB + 64  # tanh over its product; the result
+    assert pair.temp_bytes == 2 * KB
+
+
 # ---- loops and remat -------------------------------------------------------------
 
 

@@ -55,6 +55,38 @@ backend_config={"reification_cost":[{"exec_time_us":3.5,"name":"sol"}]}
 """
 
 
+PAIR = """HloModule m, is_scheduled=true
+
+%wide (x: f32[256]) -> f32[256] {
+  %x = f32[256]{0} parameter(0)
+  ROOT %y = f32[256]{0} exponential(%x)
+}
+
+ENTRY %main (p: f32[256]) -> f32[8] {
+  %p = f32[256]{0} parameter(0)
+  PRODUCT
+  %wider = f32[256]{0} fusion(%made), kind=kLoop, calls=%wide
+  ROOT %end = f32[8]{0} custom-call(%wider)
+}
+"""
+ALONE = "%made = f32[256]{0} fusion(%p), kind=kLoop, calls=%wide"
+SCRATCH = """%both = (f32[256]{0}, s8[4]{0}) custom-call(%p)
+  %made = f32[256]{0} get-tuple-element(%both), index=0"""
+ADDED = f"""{SCRATCH.replace("made", "first")}
+  %more = (f32[256]{{0}}, s8[4]{{0}}) custom-call(%p, %p, %first), \
+output_to_operand_aliasing={{{{0}}: (2, {{}})}}
+  %made = f32[256]{{0}} get-tuple-element(%more), index=0"""
+
+
+@pytest.mark.parametrize(
+    ("product", "temp_bytes"), [(ALONE, KB + 32), (SCRATCH, 2 * KB), (ADDED, 2 * KB)]
+)
+def test_what_stands_beside_scratch_is_not_written_over(
+    product: str, temp_bytes: int
+) -> None:
+    assert busiest(PAIR.replace("PRODUCT", product)).temp_bytes == temp_bytes
+
+
 def test_what_stands_side_by_side() -> None:
     found = busiest(STRAIGHT)
     # a (1), b (2) and both results (2 + 1), while they are made.
