@@ -35,7 +35,7 @@ be there: a saved ``gelu(x)`` that is never written keeps ``x`` instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rhino_jax.cost.buffers import (
     FUSED,
@@ -136,8 +136,8 @@ def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
                 sources[made] = found
                 if of_rows:
                     rows.add(made)
-    beside = _beside(unfolded, written, sources, multiplied) if habits.joins else {}
-    return Fusion(tuple(written), tuple(sources), reduced, beside)
+    plain = Fusion(tuple(written), tuple(sources), reduced)
+    return _joined(unfolded, plain, multiplied) if habits.joins else plain
 
 
 def _takes_rows(unfolded: Unfolded, one: Instruction) -> bool:
@@ -161,14 +161,11 @@ def _multiplies_one(one: Instruction) -> bool:
     return not batched
 
 
-def _beside(
-    unfolded: Unfolded,
-    written: list[bool],
-    sources: Sequence[Mapping[int, int]],
-    multiplied: set[int],
-) -> dict[int, int]:
-    """What shares something dear with a result, and is read by a product that can wait
-    for it: its maker -> the maker of that result, which writes both."""
+def _joined(unfolded: Unfolded, fused: Fusion, multiplied: set[int]) -> Fusion:
+    """With what shares something dear with a result that is written after a reduction
+    (the gradient of a softmax), where a product that can wait for it reads it: the
+    result's kernel writes both."""
+    written, sources, reduced = [*fused.written], fused.sources, fused.reduced
     dear: dict[int, frozenset[int]] = {}
     """What is not written -> the dear values that making it takes."""
     operands: dict[int, list[int]] = {}
@@ -190,24 +187,17 @@ def _beside(
         if all(kind in PRODUCTS for kind in readers):
             continue
         count = unfolded.buffers[made].num_elements
-        read = {
-            s
-            for b in one.reads
-            for s in sources[b]
-            if unfolded.buffers[s].num_elements == count
-        }
+        read = {s for b in one.reads for s in sources[b]}
+        waits = {s for b in read for s in reduced.get(b, ())} & read
         shared = (v for v in taken if unfolded.buffers[v].num_elements == count)
         for other in {b for value in shared for b in operands.get(value, ())}:
             alike = unfolded.buffers[other].num_elements == count
-            # What the result needs beside can be there when that product runs.
-            since = min(
-                (_possible(unfolded, sources, s) for s in read - {*sources[other]}),
-                default=0,
-            )
+            new = waits - sources[other].keys()
+            since = min((_possible(unfolded, sources, s) for s in new), default=index)
             if alike and unfolded.readers[other][-1] > since:
                 written[other] = True
                 found[unfolded.writer[other]] = index
-    return found
+    return replace(fused, written=tuple(written), beside=found)
 
 
 def _possible(
