@@ -135,6 +135,13 @@ class Frame:
             return self.put(value, layout, self.work.constant(self.program, value))
         return held[layout]
 
+    def waited(self, value: int, beside: Iterable[int]) -> tuple[int, ...]:
+        """What stands behind a barrier with ``value`` when it is moved again: the
+        largest other operand of the op that reads it."""
+        others = [v for v in beside if v != value and v in self.versions]
+        anchor = max(others, key=lambda v: self.program.values[v].size, default=None)
+        return () if anchor is None else tuple(self.versions[anchor].values())
+
 
 @dataclass
 class Unfolding:
@@ -179,6 +186,10 @@ class Unfolding:
             op, plan = frame.program.ops[index], assignment.ops[index]
             place = index if self.outer is None else self.outer
             for move in plan.before:
+                if move.again:
+                    self.pinned.update(
+                        dict.fromkeys(frame.waited(move.value, op.operands))
+                    )
                 self.move(frame, move, place, op)
             self.op(frame, op, plan, place)
             for move in plan.after:

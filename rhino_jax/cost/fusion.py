@@ -10,11 +10,23 @@ The rule used here, for a buffer that a *fused* instruction makes:
    (:data:`AGAIN`). Written, it costs a write and a read by each reader but the first,
    who finds it where it is made; not written, each of these reads again what it is
    made of;
-4. several read it, and it is dear to make (``habits.dear``): it is written.
+4. several read it, and it is dear to make (``habits.dear``): it is written;
+5. a look-up that is a kernel of its own reads it (``habits.looks_up``): it is written
+   for that one alone, and of its other readers all else here is true. Rows of a
+   parameter, and what is made of them, are written where several read them: the table
+   need not stand.
 
 On a TPU a product or convolution counts as a fused reader (``habits.products_fuse``):
 it makes what it reads as it goes. What is put together of several arrays it does not:
 that is written (the stack of looked-up rows before their products with one another).
+What only products of two matrices read, and no more than ``habits.remade`` of them, is
+never written, whatever it is made of (``gelu(gate) * up``). For products of many
+matrices at once, attention's, this is not counted on: what is made there is not written
+either, but copies as large of queries, keys and values in other layouts are.
+
+A kernel that makes something dear on its way to a result writes what a product reads of
+it, too (``habits.joins``): where scores have a bias to learn, their gradient is written
+for its sum over the batch, and the probabilities beside it.
 
 What is not written is made again where it is read, so what *it* is made of must still
 be there: a saved ``gelu(x)`` that is never written keeps ``x`` instead.
@@ -23,7 +35,7 @@ be there: a saved ``gelu(x)`` that is never written keeps ``x`` instead.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from rhino_jax.cost.buffers import (
     FUSED,
@@ -34,9 +46,11 @@ from rhino_jax.cost.buffers import (
     Unfolded,
 )
 from rhino_jax.cost.habits import PLAIN, Habits
-from rhino_jax.cost.instructions import PRODUCTS
+from rhino_jax.cost.instructions import CONVERTS, PRODUCTS
 
 AGAIN = 1.05
+REPEATED_RARELY = frozenset("div exp log log1p pow rsqrt sqrt tanh erf".split())
+"""XLA's ``InstructionFusion::IsExpensive``, in short."""
 MOST_SOURCES = 24
 """A fusion that would read more buffers than this is cut."""
 
@@ -54,6 +68,9 @@ class Fusion:
     written: tuple[bool, ...]
     sources: tuple[Mapping[int, int], ...]
     reduced: Mapping[int, frozenset[int]]
+    beside: Mapping[int, int] = field(default_factory=dict)
+    """What is made on the way to another result -> the instruction beside whose result
+    it is written."""
 
 
 def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
@@ -62,6 +79,9 @@ def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
     size = [buffer.num_bytes for buffer in unfolded.buffers]
     demanded = [False] * count
     multiplied: set[int] = set()
+    looked_up: set[int] = set()
+    rows: set[int] = set()
+    """What is made of rows of a table."""
 
     def constant(buffer: int) -> bool:
         at = unfolded.writer[buffer]
@@ -77,6 +97,8 @@ def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
             multiplied.update(instruction.reads)
             for buffer in instruction.reads:
                 demanded[buffer] |= stacked(buffer)
+        elif instruction.kind == "gather" and habits.looks_up:
+            looked_up.add(instruction.reads[0])
         elif instruction.role == OPAQUE:
             for buffer in instruction.reads:
                 demanded[buffer] |= not (instruction.bodies and constant(buffer))
@@ -99,11 +121,92 @@ def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
             others = readers - 1 if made in multiplied else readers
             if demanded[made] or len(found) > MOST_SOURCES:
                 continue
-            dear = instruction.kind in habits.dear
-            if readers <= 1 or (not dear and again <= AGAIN * size[made] * others):
-                written[made] = False
+            of_rows = habits.looks_up and (
+                _takes_rows(unfolded, instruction)
+                or not rows.isdisjoint(instruction.reads)
+            )
+            dear = of_rows or instruction.kind in habits.dear
+            only = readers <= habits.remade and all(
+                _multiplies_one(unfolded.instructions[i])
+                for i in unfolded.readers[made]
+            )
+            cheap = not dear and (only or again <= AGAIN * size[made] * others)
+            if readers <= 1 or cheap:
+                written[made] = made in looked_up
                 sources[made] = found
-    return Fusion(tuple(written), tuple(sources), reduced)
+                if of_rows:
+                    rows.add(made)
+    plain = Fusion(tuple(written), tuple(sources), reduced)
+    return _joined(unfolded, plain, multiplied) if habits.joins else plain
+
+
+def _takes_rows(unfolded: Unfolded, one: Instruction) -> bool:
+    """Whether it looks up what is given: a parameter, gathered or converted or not."""
+    if one.kind != "gather" or one.step is not None:
+        return False
+    at = unfolded.writer[one.reads[0]]
+    while at >= 0:
+        maker = unfolded.instructions[at]
+        if maker.kind not in CONVERTS and maker.step is None:
+            return False
+        at = unfolded.writer[maker.reads[0]]
+    return True
+
+
+def _multiplies_one(one: Instruction) -> bool:
+    """A product of one matrix with another, or a convolution."""
+    if one.kind != "dot_general" or one.op is None:
+        return one.kind in PRODUCTS
+    _, (batched, _) = one.op.param["dimension_numbers"]
+    return not batched
+
+
+def _joined(unfolded: Unfolded, fused: Fusion, multiplied: set[int]) -> Fusion:
+    """With what shares something dear with a result that is written after a reduction
+    (the gradient of a softmax), where a product that can wait for it reads it: the
+    result's kernel writes both."""
+    written, sources, reduced = [*fused.written], fused.sources, fused.reduced
+    dear: dict[int, frozenset[int]] = {}
+    """What is not written -> the dear values that making it takes."""
+    operands: dict[int, list[int]] = {}
+    """Dear value -> what products read of those made of it."""
+    found: dict[int, int] = {}
+    for index, one in enumerate(unfolded.instructions):
+        if one.role != FUSED or len(one.writes) != 1:
+            continue
+        (made,) = one.writes
+        taken = frozenset[int]().union(*(dear.get(b, ()) for b in one.reads))
+        if not written[made]:
+            own = {made} if one.kind in REPEATED_RARELY else ()
+            dear[made] = taken.union(own)
+            if made in multiplied:
+                for value in dear[made]:
+                    operands.setdefault(value, []).append(made)
+            continue
+        readers = (unfolded.instructions[i].kind for i in unfolded.readers[made])
+        if all(kind in PRODUCTS for kind in readers):
+            continue
+        count = unfolded.buffers[made].num_elements
+        read = {s for b in one.reads for s in sources[b]}
+        waits = {s for b in read for s in reduced.get(b, ())} & read
+        shared = (v for v in taken if unfolded.buffers[v].num_elements == count)
+        for other in {b for value in shared for b in operands.get(value, ())}:
+            alike = unfolded.buffers[other].num_elements == count
+            new = waits - sources[other].keys()
+            since = min((_possible(unfolded, sources, s) for s in new), default=index)
+            if alike and unfolded.readers[other][-1] > since:
+                written[other] = True
+                found[unfolded.writer[other]] = index
+    return replace(fused, written=tuple(written), beside=found)
+
+
+def _possible(
+    unfolded: Unfolded, sources: Sequence[Mapping[int, int]], buffer: int
+) -> int:
+    """The last instruction that what makes a buffer must wait for."""
+    at = unfolded.writer[buffer]
+    reads = unfolded.instructions[at].reads if at >= 0 else ()
+    return max((unfolded.writer[s] for b in reads for s in sources[b]), default=-1)
 
 
 def sources_of(

@@ -26,6 +26,15 @@ class Habits:
             ahead of it (XLA's collective pipeliner), and the part of that turn that
             does not wait for the carry as early as it can.
         products_fuse: what a product or convolution reads is made while it runs.
+        remade: what this many products of two matrices read, and nothing else, each
+            makes for itself, however much it reads for that.
+        joins: a kernel that makes something dear on its way, which a product reads,
+            writes that too.
+        hosts: what works element by element on a product's result is written by the
+            product's own kernel (:mod:`rhino_jax.cost.guests`).
+        looks_up: a look-up is a kernel of its own: what it reads is written.
+        selects: a scatter of at most one element to each row is made as it is read, by
+            comparing positions.
         dear: kinds of ops that are written rather than made twice.
         scatters_windows: the gradient of a max pooling is a scatter to the places of
             the maxima, which stand as 32-bit indices.
@@ -49,6 +58,11 @@ class Habits:
     stores_last: bool = False
     peels: bool = False
     products_fuse: bool = False
+    remade: int = 0
+    joins: bool = False
+    hosts: bool = False
+    looks_up: bool = False
+    selects: bool = False
     dear: frozenset[str] = DEAR
     scatters_windows: bool = False
     adds_whole: bool = False
@@ -92,6 +106,11 @@ HABITS: Mapping[str, Habits] = {
         late_products=True,
         sends_beside=True,
         products_fuse=True,
+        remade=2,
+        joins=True,
+        hosts=True,
+        looks_up=True,
+        selects=True,
         tables_ahead=True,
         dear=frozenset(),
         size=tiled_bytes,

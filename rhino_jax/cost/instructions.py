@@ -72,6 +72,11 @@ class Buffer:
     name: str = ""
     item_bytes: float = 4.0
 
+    @property
+    def num_elements(self) -> float:
+        """With those of pads."""
+        return self.num_bytes / self.item_bytes
+
 
 @dataclass(frozen=True)
 class Instruction:

@@ -10,18 +10,20 @@ and the carries of a loop. What a body holds at most stands beside its loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
 from rhino_jax.cost.buffers import FUSED, Instruction, RuleOf, Unfolded, unfold
 from rhino_jax.cost.fusion import Fusion, fusion
+from rhino_jax.cost.guests import guests
 from rhino_jax.cost.habits import PLAIN, Habits
 from rhino_jax.cost.instructions import PRODUCTS
 from rhino_jax.cost.order import (
     combined_at,
     gradients_at_end,
     kept_at_end,
+    look_ups_at,
     products_ahead,
     products_at,
     side_inputs,
@@ -239,14 +241,9 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
     """Of every real buffer. Near linear in the instructions."""
     end = len(unfolded.instructions)
     reads = [real_reads(x, fused) for x in unfolded.instructions]
-    runs = combined_at(unfolded, reads, habits.combine_bytes)
     late = products_at(unfolded, habits.stores_last) if habits.late_products else {}
-    if habits.stores_last:
-        runs.update(gradients_at_end(unfolded))
-        runs.update(kept := kept_at_end(unfolded))
-    runs.update(late)
-    if habits.stores_last and kept:
-        runs.update(products_ahead(unfolded, runs))
+    kernels = _kernels(unfolded, fused, reads, late, habits)
+    runs = kernels.runs
     born: dict[int, int] = {}
     dies: dict[int, int] = dict.fromkeys(unfolded.inputs, BEFORE)
     uses: dict[int, list[int]] = {}
@@ -279,14 +276,17 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
         (product,) = unfolded.instructions[index].writes
         if unfolded.readers[product] == (late[index],):
             dies[product] = born[product] - 1
+    for buffer in _swallowed(unfolded, reads, kernels.host):
+        dies[buffer] = born[buffer] - 1
     shared: dict[int, int] = {}
     for index, instruction in enumerate(unfolded.instructions):
-        if index in runs:  # a combined collective copies
+        if index in kernels.copying:
             continue
+        place = runs.get(index, index)
         for read, made in _in_place(instruction, reads[index], unfolded, fused, habits):
-            if read in born and dies[read] == index and made in born:
-                if dies[made] >= born[made]:
-                    dies[read] = index - 1
+            if read in born and dies[read] == place and made in born:
+                if dies[made] >= born[made] and kernels.alone(read, index, reads):
+                    dies[read] = place - 1
                     shared[read] = made
     return Lives(born, dies, uses, shared, runs)
 
@@ -294,6 +294,88 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
 def _made_by_library(unfolded: Unfolded, buffer: int) -> bool:
     at = unfolded.writer[buffer]
     return at >= 0 and unfolded.instructions[at].kind in PRODUCTS
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """Which instructions leave their place in the plan, and why.
+
+    Attributes:
+        runs: where they run instead.
+        host: of those done in a product's kernel, the product.
+        copying: those that write nothing over what they read: combined collectives,
+            and kernels that write several results.
+        together: by place, what runs there.
+    """
+
+    runs: Mapping[int, int]
+    host: Mapping[int, int]
+    copying: frozenset[int]
+    together: Mapping[int, Sequence[int]]
+
+    def alone(self, read: int, index: int, reads: list[tuple[int, ...]]) -> bool:
+        """Whether no other kernel reads a buffer at that moment, nor the product in
+        whose kernel an instruction is done."""
+        place = self.runs.get(index, index)
+        return not self.host or all(
+            self.host.get(i) == self.host.get(index) or read not in reads[i]
+            for i in self.together[place]
+            if i != index
+        )
+
+
+def _kernels(
+    unfolded: Unfolded,
+    fused: Fusion,
+    reads: list[tuple[int, ...]],
+    late: Mapping[int, int],
+    habits: Habits,
+) -> _Kernels:
+    """Where everything runs; ``late`` are products that wait for what they add to."""
+    runs = combined_at(unfolded, reads, habits.combine_bytes)
+    if habits.stores_last:
+        runs.update(gradients_at_end(unfolded))
+        runs.update(kept := kept_at_end(unfolded))
+    runs.update(late)
+    if habits.stores_last and kept:
+        runs.update(products_ahead(unfolded, runs))
+    copying = {*runs}
+    host = dict(_hosted(unfolded, fused)) if habits.hosts else {}
+    runs.update({guest: runs.get(at, at) for guest, at in host.items()})
+    beside = dict(fused.beside)
+    if habits.looks_up:
+        beside.update(look_ups_at(unfolded, fused, host))
+    runs.update(beside)
+    copying = (copying - host.keys()).union(beside, beside.values())
+    together: dict[int, list[int]] = {}
+    for index in range(len(reads)):
+        together.setdefault(runs.get(index, index), []).append(index)
+    return _Kernels(runs, host, frozenset(copying), together)
+
+
+def _hosted(unfolded: Unfolded, fused: Fusion) -> Iterator[tuple[int, int]]:
+    """Instructions done in a product's kernel, and the product: what they write has as
+    many elements as its result, or is a reduction of it."""
+    buffers = unfolded.buffers
+    for index, at in guests(unfolded, fused).items():
+        one, (made,) = unfolded.instructions[index], unfolded.instructions[at].writes
+        count = buffers[made].num_elements
+        if one.role != FUSED or all(
+            buffers[b].num_elements == count for b in one.writes
+        ):
+            yield index, at
+
+
+def _swallowed(
+    unfolded: Unfolded, reads: list[tuple[int, ...]], hosted: Mapping[int, int]
+) -> set[int]:
+    """Results of products that only what is done in their kernels reads."""
+    found = {b for at in hosted.values() for b in unfolded.instructions[at].writes}
+    found -= {*unfolded.outputs, *unfolded.pinned}
+    for index, read in enumerate(reads):
+        host = hosted.get(index)
+        found -= {b for b in read if unfolded.writer[b] != host}
+    return found
 
 
 def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:

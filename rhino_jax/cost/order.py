@@ -27,17 +27,25 @@ attention, behind those of its scores, so that the shares stand beside both.
 
 **Loops that store what they reduce** (:func:`stores_reduced`). Their first turn is
 peeled off (:mod:`rhino_jax.cost.peeled`).
+
+**Labels on a TPU.** What is written for a look-up that only results wait for (a loss,
+which no gradient reads) is not in a hurry: the kernel that makes the gradient of it
+writes it too. What is larger than :data:`JOINED_BYTES` was seen written by itself, at
+the end of the program; it is counted where the plan has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from rhino_jax.cost.buffers import Unfolded
+from rhino_jax.cost.fusion import Fusion
 from rhino_jax.cost.instructions import (
     ADDS,
     CONVERTS,
+    FUSED,
+    PARTIAL_READERS,
     PRODUCTS,
     REDUCING,
     STORE,
@@ -45,6 +53,9 @@ from rhino_jax.cost.instructions import (
 )
 from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, FREE, REDUCE_SCATTER
 
+JOINED_BYTES = 2**32
+"""The largest array that a kernel writes beside another one (seen: 3.9 GiB joined, 4.9
+not)."""
 COMBINED = frozenset((ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER))
 
 
@@ -166,6 +177,61 @@ def side_inputs(unfolded: Unfolded) -> dict[int, int]:
             if ready and _only_reader(unfolded, other) == reader:
                 found[other] = index
     return found
+
+
+def look_ups_at(
+    unfolded: Unfolded, fused: Fusion, early: Container[int]
+) -> dict[int, int]:
+    """What writes an array for one look-up alone -> where it does, if that can wait.
+
+    ``early`` are instructions that kernels of products do by themselves.
+    """
+    found: dict[int, int] = {}
+    for index, one in enumerate(unfolded.instructions):
+        if one.kind != "gather" or one.step is not None:
+            continue
+        buffer = one.reads[0]
+        maker, sources = unfolded.writer[buffer], fused.sources[buffer]
+        alone = fused.written[buffer] and buffer not in sources
+        if maker in early or not alone:
+            continue
+        if unfolded.instructions[maker].kind in PARTIAL_READERS:
+            continue
+        fits = unfolded.buffers[buffer].num_bytes <= JOINED_BYTES
+        if fits and _for_results_only(unfolded, index):
+            found[maker] = _beside(unfolded, fused, buffer, index)
+    return found
+
+
+def _beside(unfolded: Unfolded, fused: Fusion, buffer: int, after: int) -> int:
+    """The kernel that writes a ``buffer`` beside its own, of the same elements."""
+    last = len(unfolded.instructions) - 1
+    alike = unfolded.buffers[buffer].num_elements
+    made_of = fused.sources[buffer].keys()
+    for index in range(after, last):
+        one = unfolded.instructions[index]
+        if one.role == FUSED and any(
+            fused.written[b] and unfolded.buffers[b].num_elements == alike
+            for b in one.writes
+        ):
+            if any(not made_of.isdisjoint(fused.sources[b]) for b in one.reads):
+                return index
+    return last
+
+
+def _for_results_only(unfolded: Unfolded, index: int) -> bool:
+    """Whether nothing that follows from an instruction is more than a reduction."""
+    waiting, seen = [index], {index}
+    while waiting:
+        for made in unfolded.instructions[waiting.pop()].writes:
+            for reader in unfolded.readers[made]:
+                one = unfolded.instructions[reader]
+                if one.role not in (FUSED, REDUCING) and one.step is None:
+                    return False
+                if reader not in seen:
+                    seen.add(reader)
+                    waiting.append(reader)
+    return True
 
 
 def kept_at_end(unfolded: Unfolded) -> dict[int, int]:

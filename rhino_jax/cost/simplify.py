@@ -4,6 +4,9 @@
 ``scatter(x, at, updates)`` (XLA's algebraic simplifier): the gradient of a cross
 entropy is the softmax, changed in place where the labels are, and no array of zeros.
 
+**Labels on a TPU.** A scatter of at most one element to each row (a gradient at the
+labels) becomes ``where(iota == label, update, zeros)``, made as it is read.
+
 **Gradients of max pooling.** GPUs have no select-and-scatter. XLA's expander finds the
 place of every window's maximum, in 32-bit numbers, one for each dimension, beside the
 maximum in float32, and scatters there, into zeros. What is pooled is written, and the
@@ -25,6 +28,7 @@ are one, it stands from the first layer that adds it to the last.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -49,10 +53,36 @@ WINDOW_GRADIENT = "select_and_scatter_add"
 
 def simplified(unfolded: Unfolded, habits: Habits) -> Unfolded:
     """``unfolded`` as a compiler has it. Linear in its instructions."""
+    if habits.selects:
+        unfolded = _with_selections(unfolded)
     unfolded = replace(unfolded, instructions=_scattered_into(unfolded))
     if habits.adds_whole:
         unfolded = _with_addends(_with_zeros(unfolded))
     return _with_places(unfolded) if habits.scatters_windows else unfolded
+
+
+def _with_selections(unfolded: Unfolded) -> Unfolded:
+    """Scatters to rows as selections; a shard that they begin with is written."""
+    rows = {i for i, one in enumerate(unfolded.instructions) if _to_rows(one)}
+    instructions = tuple(
+        replace(one, kind="select_n", role=FUSED, overwrites=()) if i in rows else one
+        for i, one in enumerate(unfolded.instructions)
+    )
+    starts = (unfolded.instructions[i].reads[0] for i in sorted(rows))
+    makers = ((b, unfolded.writer[b]) for b in starts)
+    moved = (b for b, at in makers if at >= 0 and unfolded.instructions[at].step)
+    pinned = (*unfolded.pinned, *moved)
+    return replace(unfolded, instructions=instructions, pinned=pinned)
+
+
+def _to_rows(one: Instruction) -> bool:
+    """Whether an instruction scatters at most one element to each row."""
+    if not one.kind.startswith("scatter") or one.op is None or one.step is not None:
+        return False
+    into, _, updates = one.program.operand_values(one.op)[:3]
+    _, _, mapped, batching, _ = (d for _, d in one.op.param["dimension_numbers"])
+    rows = math.prod(into.shape[d] for d in batching)
+    return bool(batching) and updates.size == rows and len(mapped) == 1
 
 
 def _scattered_into(unfolded: Unfolded) -> tuple[Instruction, ...]:
