@@ -304,10 +304,15 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
         if unfolded.readers[product] == (late[index],):
             dies[product] = born[product] - 1
     shared: dict[int, int] = {}
+    summed: frozenset[int] = frozenset()
+    if habits.sums_beside:
+        summed = frozenset().union(*fused.reduced.values())
     for index, instruction in enumerate(unfolded.instructions):
         if index in runs:  # a combined collective copies
             continue
         for read, made in _in_place(instruction, reads[index], unfolded, fused):
+            if made in summed and instruction.role == FUSED:
+                continue
             if read in born and dies[read] == index and made in born:
                 if dies[made] >= born[made]:
                     dies[read] = index - 1
