@@ -13,6 +13,7 @@ from rhino_jax.cost.instructions import (
     ACCUMULATE,
     FUSED,
     OPAQUE,
+    ZEROS,
     Buffer,
     Instruction,
     Unfolded,
@@ -49,9 +50,9 @@ def accumulated(
         made = _total(work, program, move, loop.trips)
         if move in sums:
             start = _total(work, program, move, loop.trips)
-            work.emit(
-                Instruction("broadcast_in_dim", FUSED, (), (start,), program, place)
-            )
+            zero = move.source.operator(TIME) == "sum"
+            kind = ZEROS if zero else "broadcast_in_dim"
+            work.emit(Instruction(kind, FUSED, (), (start,), program, place))
             pairs.append((start, made))
         frame.put(move.value, move.target, made)
     starts = tuple(start for start, _ in pairs)
@@ -162,7 +163,10 @@ def _turn(
         op = None if at is None else program.ops[at]
         for layout in held_as:
             buffer = inside.put(v, layout)
-            made = op and Instruction(op.kind, FUSED, (), (buffer,), program, 0, op)
+            made = op and Instruction(
+                *(op.kind, FUSED, (), (buffer,), program, 0, op),
+                known=at is None or work.knows(op, assignment.ops[at]),
+            )
             if made and made.constant is not None:  # compilers make it in the loop
                 work.emit(made)
                 continue

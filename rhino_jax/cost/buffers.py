@@ -296,8 +296,14 @@ class Unfolding:
                 trips,
                 overwrites(op, reads, writes),
                 extended_bytes(rule, plan.choice, values, self.mesh) if rule else 0,
+                known=self.knows(op, plan),
             )
         )
+
+    def knows(self, op: Op, plan: OpPlan) -> bool:
+        """Whether the compiler knows the literals that an op reads."""
+        hidden = self.habits.hides_literals and plan.before
+        return not any(m.again and m.value in op.operands for m in hidden or ())
 
     def made(self, program: Program, value: int, layout: Layout, plan: OpPlan) -> int:
         """A buffer for a result: of one that the op scatters by itself, two shards."""

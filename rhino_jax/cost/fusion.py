@@ -104,6 +104,7 @@ def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
                 demanded[buffer] |= not (instruction.bodies and constant(buffer))
     for buffer in (*unfolded.inputs, *unfolded.outputs, *unfolded.pinned):
         demanded[buffer] = True
+    ends = _ends(unfolded, demanded)
     written = [True] * count
     sources: list[Mapping[int, int]] = [{b: size[b]} for b in range(count)]
     reduced: dict[int, frozenset[int]] = {}
@@ -115,7 +116,7 @@ def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
             continue
         for made in instruction.writes:
             found = sources_of(instruction, sources, size[made])
-            readers = len(unfolded.readers[made])
+            readers = len({ends[reader] for reader in unfolded.readers[made]})
             again = sum(found.values()) * (readers - 1)
             # A product does not find it where it is made: every one reads it.
             others = readers - 1 if made in multiplied else readers
@@ -207,6 +208,21 @@ def _possible(
     at = unfolded.writer[buffer]
     reads = unfolded.instructions[at].reads if at >= 0 else ()
     return max((unfolded.writer[s] for b in reads for s in sources[b]), default=-1)
+
+
+def _ends(unfolded: Unfolded, demanded: Sequence[bool]) -> list[int]:
+    """Instruction -> the one whose kernel it is part of, if all roads lead there.
+
+    An instruction of several kernels, or that makes what is written, ends in itself.
+    """
+    ends = list(range(len(unfolded.instructions)))
+    for index in reversed(ends):
+        one = unfolded.instructions[index]
+        if one.role == FUSED and not any(demanded[made] for made in one.writes):
+            found = {ends[r] for made in one.writes for r in unfolded.readers[made]}
+            if len(found) == 1:
+                ends[index] = found.pop()
+    return ends
 
 
 def sources_of(

@@ -38,6 +38,9 @@ class Habits:
         dear: kinds of ops that are written rather than made twice.
         scatters_windows: the gradient of a max pooling is a scatter to the places of
             the maxima, which stand as 32-bit indices.
+        hides_literals: a literal behind a barrier is not known any more.
+        sums_beside: a sum over what a kernel writes is made in that kernel, which then
+            writes over nothing that it reads.
         adds_whole: what is added to a product is written whole, broadcasts too.
         recomputes: where more stands than the second share of what inputs and outputs
             leave of the first share of the device's memory, the compiler recomputes;
@@ -65,6 +68,8 @@ class Habits:
     selects: bool = False
     dear: frozenset[str] = DEAR
     scatters_windows: bool = False
+    hides_literals: bool = False
+    sums_beside: bool = False
     adds_whole: bool = False
     recomputes: tuple[float, ...] = ()
     size: Size = flat_bytes
@@ -95,6 +100,8 @@ _GPU = Habits(
     stores_last=True,
     peels=True,
     scatters_windows=True,
+    hides_literals=True,
+    sums_beside=True,
     adds_whole=True,
     recomputes=(0.80, 0.95),
 )

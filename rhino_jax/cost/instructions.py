@@ -34,9 +34,9 @@ ACCUMULATE = "accumulate"
 
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated", "ragged_dot"))
 
-PLACES, ZEROS = "places_of_maxima", "zeros_to_scatter"
-"""Where in its window each maximum of a pooling stands, and what its gradient is
-scattered into (see ``cost/simplify.py``)."""
+PLACES, ZEROS = "places_of_maxima", "zeros"
+"""Where in its window each maximum of a pooling stands; and what its gradient is
+scattered into (see ``cost/simplify.py``), or an accumulator begins with."""
 
 ROLES: Mapping[str, str] = {
     **dict.fromkeys((SLICE, MASK, EMBED, STORE, TAKE), FUSED),
@@ -105,6 +105,8 @@ class Instruction:
     within: int | None = None
     """Of a step that the product beside it does (see
     :class:`~rhino_jax.ir.steps.Move`): the value that it moves."""
+    known: bool = True
+    """Whether the compiler knows a literal that is read: no barrier hides it."""
 
     @property
     def where(self) -> Where:
@@ -112,10 +114,10 @@ class Instruction:
 
     @property
     def constant(self) -> complex | None:
-        """What is broadcast, if this is the broadcast of a literal."""
+        """What is broadcast, if this is the broadcast of a literal that is known."""
         if self.kind != "broadcast_in_dim" or self.op is None or self.step is not None:
             return None
-        return self.program.values[self.op.operands[0]].literal
+        return self.program.values[self.op.operands[0]].literal if self.known else None
 
 
 @dataclass(frozen=True)

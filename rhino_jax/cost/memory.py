@@ -234,7 +234,7 @@ class Lives:
     dies: dict[int, int]
     uses: dict[int, list[int]]
     shared: dict[int, int]
-    runs: dict[int, int]
+    runs: Mapping[int, int]
 
 
 def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
@@ -279,11 +279,16 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
     for buffer in _swallowed(unfolded, reads, kernels.host):
         dies[buffer] = born[buffer] - 1
     shared: dict[int, int] = {}
+    summed: frozenset[int] = frozenset()
+    if habits.sums_beside:
+        summed = frozenset().union(*fused.reduced.values())
     for index, instruction in enumerate(unfolded.instructions):
         if index in kernels.copying:
             continue
         place = runs.get(index, index)
         for read, made in _in_place(instruction, reads[index], unfolded, fused, habits):
+            if made in summed and instruction.role == FUSED:
+                continue
             if read in born and dies[read] == place and made in born:
                 if dies[made] >= born[made] and kernels.alone(read, index, reads):
                     dies[read] = place - 1

@@ -1,8 +1,9 @@
 """What compilers rewrite before they place buffers.
 
-**Scatters into zeros that are added.** ``x + scatter(0, at, updates)`` becomes
-``scatter(x, at, updates)`` (XLA's algebraic simplifier): the gradient of a cross
-entropy is the softmax, changed in place where the labels are, and no array of zeros.
+**Scatters that are added.** ``x + scatter(y, at, updates)`` becomes
+``scatter(x + y, at, updates)`` (XLA's algebraic simplifier): with zeros for ``y`` the
+gradient of a cross entropy is the softmax, changed in place where the labels are, and
+no array of zeros.
 
 **Labels on a TPU.** A scatter of at most one element to each row (a gradient at the
 labels) becomes ``where(iota == label, update, zeros)``, made as it is read.
@@ -19,6 +20,11 @@ the gradient of a look-up is scattered into. So they are written, once for all t
 alike, and a copy of them for each scatter. Their kernel reads nothing, and was seen to
 run as the backward pass begins, in programs that move something between devices: on one
 device it runs table by table.
+
+**What a loop begins with.** Accumulators begin as zeros, which a GPU writes ahead of
+the loop. Who else reads equal zeros (that same optimizer) reads such an array too: one
+for all that are alike, beside the accumulators while the loop runs. So does what a loop
+reads of a scalar that is spread out and not known (a masked zero behind a barrier).
 
 **What is added to a product.** cuBLAS adds a whole matrix as it multiplies
 (``beta = 1``): a mask or bias for all examples is written, and as equal computations
@@ -55,9 +61,9 @@ def simplified(unfolded: Unfolded, habits: Habits) -> Unfolded:
     """``unfolded`` as a compiler has it. Linear in its instructions."""
     if habits.selects:
         unfolded = _with_selections(unfolded)
-    unfolded = replace(unfolded, instructions=_scattered_into(unfolded))
+    unfolded = _scattered_into(unfolded)
     if habits.adds_whole:
-        unfolded = _with_addends(_with_zeros(unfolded))
+        unfolded = _with_addends(_with_fills(_with_zeros(unfolded)))
     return _with_places(unfolded) if habits.scatters_windows else unfolded
 
 
@@ -85,33 +91,41 @@ def _to_rows(one: Instruction) -> bool:
     return bool(batching) and updates.size == rows and len(mapped) == 1
 
 
-def _scattered_into(unfolded: Unfolded) -> tuple[Instruction, ...]:
-    instructions = list(unfolded.instructions)
+def _scattered_into(unfolded: Unfolded) -> Unfolded:
+    instructions: list[tuple[Instruction, ...]] = [(x,) for x in unfolded.instructions]
+    buffers = list(unfolded.buffers)
     kept = {*unfolded.outputs, *unfolded.pinned}
-    gone: set[int] = set()
-    for index, one in enumerate(instructions):
+    for index, one in enumerate(unfolded.instructions):
         if one.kind != "scatter-add" or one.step is not None:
             continue
         (made,) = one.writes
         readers = unfolded.readers[made]
-        if made in kept or len(readers) != 1 or not _zeros(unfolded, one.reads[0]):
+        if made in kept or len(readers) != 1:
             continue
-        reader = instructions[readers[0]]
+        reader = unfolded.instructions[readers[0]]
         others = [b for b in reader.reads if b != made]
         if reader.kind not in ADDS or len(others) != 1:
             continue
-        (start,), (total,) = others, reader.writes
-        gone.add(index)
-        instructions[readers[0]] = replace(
+        start, (total,) = others[0], reader.writes
+        added: tuple[Instruction, ...] = ()
+        if not _zeros(unfolded, one.reads[0]):
+            if not unfolded.buffers[start].num_bytes:
+                continue
+            buffers.append(replace(unfolded.buffers[total]))
+            both = start, one.reads[0]
+            start = len(buffers) - 1
+            added = (replace(reader, reads=both, writes=(start,)),)
+        scatter = replace(
             one,
             reads=(start, *one.reads[1:]),
             role=OPAQUE,
             writes=reader.writes,
             overwrites=((start, total),),
         )
-    if not gone:
-        return unfolded.instructions
-    return tuple(x for i, x in enumerate(instructions) if i not in gone)
+        instructions[index] = ()
+        instructions[readers[0]] = (*added, scatter)
+    flat = tuple(x for group in instructions for x in group)
+    return replace(unfolded, buffers=tuple(buffers), instructions=flat)
 
 
 def _zeros(unfolded: Unfolded, buffer: int) -> bool:
@@ -189,7 +203,75 @@ def _filled(unfolded: Unfolded, buffer: int) -> bool:
 def _alike(unfolded: Unfolded, buffer: int) -> tuple[object, ...]:
     held = unfolded.buffers[buffer]
     value = unfolded.instructions[unfolded.writer[buffer]].program.values[held.value]
-    return value.shape, value.dtype, held.num_bytes
+    return value.shape, held.item_bytes, held.num_bytes
+
+
+def _with_fills(unfolded: Unfolded) -> Unfolded:
+    """One array for all that read alike zeros, or unknown scalars, of a loop's."""
+    first: dict[object, int] = {}  # what is filled -> the loop that has it
+    begun: set[int] = set()
+    for index, one in enumerate(unfolded.instructions):
+        if one.bodies:
+            starts = {before for before, _ in one.overwrites}
+            begun |= starts
+            for buffer in one.reads:
+                zero, fill = _is_start(unfolded, buffer), _fill(unfolded, buffer)
+                if buffer in starts and zero:
+                    fill = _alike(unfolded, buffer)
+                elif buffer in starts or _filled(unfolded, buffer):
+                    continue  # zeros that a loop reads are made inside
+                if fill is not None:
+                    first.setdefault(fill, index)
+    ahead: dict[int, list[int]] = {}  # loop -> the fills written ahead of it
+    stands_for: dict[int, int] = {}
+    alike: dict[object, int] = {}
+    for one in unfolded.instructions if first else ():
+        for buffer in one.writes if one.kind == "broadcast_in_dim" else ():
+            fill = _fill(unfolded, buffer)
+            if fill not in first or buffer in begun or not unfolded.readers[buffer]:
+                continue
+            stands_for[buffer] = alike.setdefault(fill, buffer)
+            if stands_for[buffer] == buffer:
+                ahead.setdefault(first[fill], []).append(buffer)
+    if not stands_for:
+        return unfolded
+    gone = {unfolded.writer[b] for b in stands_for}
+    instructions: list[Instruction] = []
+    for index, one in enumerate(unfolded.instructions):
+        for buffer in ahead.get(index, ()):
+            fill_it = unfolded.instructions[unfolded.writer[buffer]]
+            instructions.append(replace(fill_it, index=one.index, reads=()))
+        if index not in gone:
+            reads = (stands_for.get(b, b) for b in one.reads)
+            instructions.append(replace(one, reads=tuple(dict.fromkeys(reads))))
+    pinned = (*unfolded.pinned, *alike.values())
+    return replace(unfolded, instructions=tuple(instructions), pinned=pinned)
+
+
+def _fill(unfolded: Unfolded, buffer: int) -> object:
+    """What a buffer is filled with, equal for equal ones: zeros, or what is not known.
+
+    None for all else.
+    """
+    at = unfolded.writer[buffer]
+    one = unfolded.instructions[at] if at >= 0 else None
+    if _filled(unfolded, buffer):
+        return _alike(unfolded, buffer)
+    if one is None or one.op is None or one.kind != "broadcast_in_dim" or one.step:
+        return None
+    literal = one.program.values[one.op.operands[0]].literal
+    made = unfolded.writer[one.reads[0]] if one.reads else -1
+    if literal is None or made < 0:
+        return None
+    return literal, unfolded.instructions[made].step, *_alike(unfolded, buffer)
+
+
+def _is_start(unfolded: Unfolded, buffer: int) -> bool:
+    """Whether a loop's carry begins as zeros: the program's, or an accumulator's."""
+    at = unfolded.writer[buffer]
+    return _filled(unfolded, buffer) or (
+        at >= 0 and unfolded.instructions[at].kind == ZEROS
+    )
 
 
 def _with_addends(unfolded: Unfolded) -> Unfolded:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -104,6 +106,40 @@ def test_two_large_sources_of_two_readers_are_read_again() -> None:
     of = program([VECTOR] * 7, (0,), ops, (6,))
     unfolded = unfold(of, whole(of), ONE, rule_of)
     assert not fusion(unfolded).written[unfolded.instructions[2].writes[0]]
+
+
+def test_what_one_kernel_reads_on_two_roads_is_not_written() -> None:
+    # a * b is read twice, by what adds it to its own square: one kernel reads a and b.
+    ops = [
+        ("mystery", (0,), (1,)),
+        ("mystery", (1,), (2,)),
+        ("mul", (1, 2), (3,)),
+        ("neg", (3,), (4,)),
+        ("add", (3, 4), (5,)),
+        ("sub", (3, 5), (6,)),
+        ("mystery", (6,), (7,)),
+    ]
+    of = program([VECTOR] * 8, (0,), ops, (7,))
+    unfolded = unfold(of, whole(of), ONE, rule_of)
+    written = fusion(unfolded).written
+    made = [written[x.writes[0]] for x in unfolded.instructions]
+    assert made == [True, True, False, False, False, True, True]
+
+
+def test_a_gpu_writes_over_nothing_in_a_kernel_that_also_sums() -> None:
+    # The gradient of an activation, and of the bias below it.
+    ops = [
+        ("mystery", (0,), (1,)),
+        ("mystery", (1,), (2,)),
+        ("mul", (1, 2), (3,)),
+        ("reduce_sum", (3,), (4,), (("axes", (0,)),)),
+        ("mystery", (3,), (5,)),
+    ]
+    of = program([VECTOR] * 4 + [(), VECTOR], (0,), ops, (4, 5))
+    plain = replace(HABITS["cuda"], workspace_bytes=0)
+    apart = peak(of, (), plain).temp_bytes
+    assert apart == 3 * KB  # both factors and the product
+    assert peak(of, (), replace(plain, sums_beside=False)).temp_bytes < apart
 
 
 def test_what_is_dear_is_made_once() -> None:
