@@ -176,16 +176,18 @@ def _joined(unfolded: Unfolded, fused: Fusion, multiplied: set[int]) -> Fusion:
         if one.role != FUSED or len(one.writes) != 1:
             continue
         (made,) = one.writes
-        taken = frozenset[int]().union(*(dear.get(b, ()) for b in one.reads))
+        taken = frozenset[int]().union(*(dear[b] for b in one.reads if b in dear))
         if not written[made]:
-            own = {made} if one.kind in REPEATED_RARELY else ()
-            dear[made] = taken.union(own)
+            if one.kind in REPEATED_RARELY:
+                taken |= {made}
+            if taken:
+                dear[made] = taken
             if made in multiplied:
-                for value in dear[made]:
+                for value in taken:
                     operands.setdefault(value, []).append(made)
             continue
         readers = (unfolded.instructions[i].kind for i in unfolded.readers[made])
-        if all(kind in PRODUCTS for kind in readers):
+        if not taken or all(kind in PRODUCTS for kind in readers):
             continue
         count = unfolded.buffers[made].num_elements
         read = {s for b in one.reads for s in sources[b]}

@@ -12,7 +12,7 @@ Read off fusions that XLA made of GPT, ViT and ResNet steps for v5e (libtpu 0.0.
 from __future__ import annotations
 
 from rhino_jax.cost.buffers import FUSED, REDUCING, Instruction, Unfolded
-from rhino_jax.cost.fusion import Fusion, sources_of
+from rhino_jax.cost.fusion import Fusion
 from rhino_jax.cost.instructions import PRODUCTS, updates
 
 
@@ -44,13 +44,14 @@ def _host(
     unfolded: Unfolded, fused: Fusion, one: Instruction, at_hand: dict[int, int]
 ) -> int | None:
     """The last product that ``one`` reads of, if it waits for nothing else."""
-    made_bytes = sum(unfolded.buffers[b].num_bytes for b in one.writes)
-    sources = sources_of(one, fused.sources, made_bytes)
-    product = max((at_hand[s] for s in sources if s in at_hand), default=None)
-    if product is None:
+    found = [at_hand[s] for b in one.reads for s in fused.sources[b] if s in at_hand]
+    if not found:
         return None
+    product = max(found)
     waits = any(
-        at_hand.get(s) != product and unfolded.writer[s] >= product for s in sources
+        at_hand.get(s) != product and unfolded.writer[s] >= product
+        for b in one.reads
+        for s in fused.sources[b]
     )
     return None if waits else product
 

@@ -5,12 +5,14 @@ memory costs nothing once that input was last read. Every other buffer lives fro
 instruction that writes it to the last that reads it, or reads what is made of it
 without being written (:mod:`rhino_jax.cost.fusion`). A fused instruction may write
 over a buffer of the same size that it reads last, and so may an all-reduce, a scatter
-and the carries of a loop. What a body holds at most stands beside its loop.
+and the carries of a loop. What a TPU's product does with its result in its own kernel
+(:mod:`rhino_jax.cost.guests`) is written while all that the product reads stands, and
+over nothing. What a body holds at most stands beside its loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -285,14 +287,15 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
     for index, instruction in enumerate(unfolded.instructions):
         if index in kernels.copying:
             continue
-        place = runs.get(index, index)
-        for read, made in _in_place(instruction, reads[index], unfolded, fused, habits):
+        ends = tuple(b for b in reads[index] if b in born and dies[b] == index)
+        for read, made in _in_place(
+            instruction, reads[index], ends, unfolded, fused, habits
+        ):
             if made in summed and instruction.role == FUSED:
                 continue
-            if read in born and dies[read] == place and made in born:
-                if dies[made] >= born[made] and kernels.alone(read, index, reads):
-                    dies[read] = place - 1
-                    shared[read] = made
+            if read in ends and made in born and dies[made] >= born[made]:
+                dies[read] = index - 1
+                shared[read] = made
     return Lives(born, dies, uses, shared, runs)
 
 
@@ -309,24 +312,12 @@ class _Kernels:
         runs: where they run instead.
         host: of those done in a product's kernel, the product.
         copying: those that write nothing over what they read: combined collectives,
-            and kernels that write several results.
-        together: by place, what runs there.
+            kernels of products, and kernels that write several results.
     """
 
     runs: Mapping[int, int]
     host: Mapping[int, int]
     copying: frozenset[int]
-    together: Mapping[int, Sequence[int]]
-
-    def alone(self, read: int, index: int, reads: list[tuple[int, ...]]) -> bool:
-        """Whether no other kernel reads a buffer at that moment, nor the product in
-        whose kernel an instruction is done."""
-        place = self.runs.get(index, index)
-        return not self.host or all(
-            self.host.get(i) == self.host.get(index) or read not in reads[i]
-            for i in self.together[place]
-            if i != index
-        )
 
 
 def _kernels(
@@ -344,18 +335,13 @@ def _kernels(
     runs.update(late)
     if habits.stores_last and kept:
         runs.update(products_ahead(unfolded, runs))
-    copying = {*runs}
     host = dict(_hosted(unfolded, fused)) if habits.hosts else {}
     runs.update({guest: runs.get(at, at) for guest, at in host.items()})
     beside = dict(fused.beside)
     if habits.looks_up:
         beside.update(look_ups_at(unfolded, fused, host))
     runs.update(beside)
-    copying = (copying - host.keys()).union(beside, beside.values())
-    together: dict[int, list[int]] = {}
-    for index in range(len(reads)):
-        together.setdefault(runs.get(index, index), []).append(index)
-    return _Kernels(runs, host, frozenset(copying), together)
+    return _Kernels(runs, host, frozenset((*runs, *beside.values())))
 
 
 def _hosted(unfolded: Unfolded, fused: Fusion) -> Iterator[tuple[int, int]]:
@@ -394,11 +380,13 @@ def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
 def _in_place(
     instruction: Instruction,
     reads: tuple[int, ...],
+    ends: tuple[int, ...],
     unfolded: Unfolded,
     fused: Fusion,
     habits: Habits,
 ) -> Iterator[tuple[int, int]]:
-    """Pairs (read, written) of equal size that may be one memory."""
+    """Pairs (read, written) of equal size that may be one memory; of what a fused
+    instruction reads those that it reads last, the ``ends``."""
     buffers = unfolded.buffers
     if instruction.role != FUSED:
         yield from (
@@ -411,7 +399,7 @@ def _in_place(
     apart = {b for read in reads for b in fused.reduced.get(read, ())}
     if habits.workspace_bytes:  # A library gives a pair: what it makes, and scratch.
         apart.update(b for b in reads if _made_by_library(unfolded, b))
-    left = [b for b in reads if b not in apart]
+    left = [b for b in ends if b not in apart]
     for made in instruction.writes:
         if not fused.written[made]:
             continue
