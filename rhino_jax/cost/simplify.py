@@ -282,7 +282,7 @@ def _with_fills(unfolded: Unfolded) -> Unfolded:
     for index, one in enumerate(unfolded.instructions):
         for buffer in ahead.get(index, ()):
             fill_it = unfolded.instructions[unfolded.writer[buffer]]
-            instructions.append(replace(fill_it, index=one.index, reads=()))
+            instructions.append(replace(fill_it, reads=()))
         if index not in gone:
             reads = (stands_for.get(b, b) for b in one.reads)
             instructions.append(replace(one, reads=tuple(dict.fromkeys(reads))))
