@@ -2,16 +2,19 @@
 
 Its body's ops are ops of the Program itself; its carries are the accumulators, narrow
 ones in float32. Where rows are looked up and only then converted, a TPU's compiler
-converts the whole table ahead of the loop (``habits.tables_ahead``).
+converts the whole table ahead of the loop, or the shard of it that every turn gathers
+(``habits.tables_ahead``).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rhino_jax.cost.instructions import (
     ACCUMULATE,
     FUSED,
+    NARROW,
     OPAQUE,
     ZEROS,
     Buffer,
@@ -19,7 +22,7 @@ from rhino_jax.cost.instructions import (
     Unfolded,
     with_stores,
 )
-from rhino_jax.cost.simplify import simplified
+from rhino_jax.cost.simplify import looked_up, simplified
 from rhino_jax.ir.assignment import Assignment, Loop
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME
@@ -44,7 +47,8 @@ def accumulated(
         if body.readers[at] or at in body.outputs
     ]
     if work.habits.tables_ahead:
-        reads += _tables_ahead(work, frame, body, used, place)
+        body, copies = _tables_ahead(work, frame, body, used, place)
+        reads += copies
     pairs = []
     for move in leaving:
         made = _total(work, program, move, loop.trips)
@@ -83,25 +87,26 @@ def _tables_ahead(
     body: Unfolded,
     used: list[tuple[int, Layout]],
     place: int,
-) -> list[int]:
-    """Narrow copies of the tables whose rows every turn looks up and converts."""
+) -> tuple[Unfolded, list[int]]:
+    """Narrow copies of what every turn looks rows up in, whole or yet to be gathered.
+
+    And the body, which reads them.
+    """
     given = dict(zip(body.inputs, used, strict=False))
     narrow: dict[int, float] = {}
+    ahead = []
     for one in body.instructions:
-        if one.kind != "gather" or one.reads[0] not in given or one.step is not None:
+        if one.kind not in ("gather", NARROW) or one.reads[0] not in given or one.step:
             continue
-        readers = [body.instructions[i] for i in body.readers[one.writes[0]]]
-        if len(readers) == 1 and readers[0].kind == "convert_element_type":
-            (made,) = readers[0].writes
+        (made,) = one.writes
+        if body.buffers[made].item_bytes < body.buffers[one.reads[0]].item_bytes:
             narrow[one.reads[0]] = body.buffers[made].item_bytes
+            ahead += [one] if one.kind == NARROW else []
     copies = []
     for table, item_bytes in narrow.items():
         value, layout = given[table]
         wide = work.buffers[frame.versions[value][layout]]
-        share = item_bytes / wide.item_bytes
-        if share >= 1:
-            continue
-        size = round(share * wide.num_bytes)
+        size = round(item_bytes / wide.item_bytes * wide.num_bytes)
         work.buffers.append(Buffer(value, size, f"{wide.name}, converted", item_bytes))
         copies.append(len(work.buffers) - 1)
         read = (frame.versions[value][layout],)
@@ -109,7 +114,9 @@ def _tables_ahead(
         work.emit(
             Instruction(convert, OPAQUE, read, (copies[-1],), frame.program, place)
         )
-    return copies
+    left = tuple(x for x in body.instructions if x not in ahead)
+    inputs = (*body.inputs, *(b for one in ahead for b in one.writes))
+    return replace(body, instructions=left, inputs=inputs), copies
 
 
 def _total(work: Unfolding, program: Program, move: Move, trips: int) -> int:
@@ -203,4 +210,6 @@ def _turn(
         same,
         tuple(work.pinned),
     )
+    if work.habits.tables_ahead:
+        body = looked_up(body)
     return simplified(body, work.habits), given

@@ -47,8 +47,9 @@ class Habits:
             () is never.
         size: bytes of an array, given its shape and dtype.
         sends_beside: a shard that is handed on travels while a product works.
-        tables_ahead: tables whose rows a loop over microbatches looks up, and converts
-            to a narrower type, are converted ahead of the loop.
+        tables_ahead: in a loop over microbatches look-ups are kernels of their own, and
+            tables whose rows are only converted to a narrower type are converted ahead
+            of the loop, whole or before they are gathered.
         lane_bytes: what an element takes at least in a kernel that is no product.
         rearranges: what a collective cuts or puts together along a dimension that is
             not the first is copied for it; other compilers choose an order of the

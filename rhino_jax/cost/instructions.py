@@ -29,6 +29,8 @@ BARRIER = "optimization_barrier"
 REMATERIALIZE = "rematerialize"
 STORE, TAKE = "store", "take"
 """A body's slice written to a stacked output, and read from a stacked input."""
+NARROW = "narrow"
+"""A table's shard converted before it is gathered (see ``cost/simplify.py``)."""
 ACCUMULATE = "accumulate"
 """The loop over microbatches; its body's ops are ops of the Program itself."""
 

@@ -8,6 +8,10 @@ no array of zeros.
 **Labels on a TPU.** A scatter of at most one element to each row (a gradient at the
 labels) becomes ``where(iota == label, update, zeros)``, made as it is read.
 
+**Look-ups on a TPU**, in a loop over microbatches, are kernels of their own: the rows
+are written, narrow if they are only converted, and the table is not needed any more. A
+table that is gathered from other devices for it is converted before.
+
 **Gradients of max pooling.** GPUs have no select-and-scatter. XLA's expander finds the
 place of every window's maximum, in 32-bit numbers, one for each dimension, beside the
 maximum in float32, and scatters there, into zeros. What is pooled is written, and the
@@ -43,6 +47,7 @@ from rhino_jax.cost.instructions import (
     ADDS,
     CONVERTS,
     FUSED,
+    NARROW,
     OPAQUE,
     PLACES,
     PRODUCTS,
@@ -52,7 +57,7 @@ from rhino_jax.cost.instructions import (
     Unfolded,
 )
 from rhino_jax.ir.program import itemsize
-from rhino_jax.ir.steps import MASK
+from rhino_jax.ir.steps import ALL_GATHER, MASK
 
 WINDOW_GRADIENT = "select_and_scatter_add"
 
@@ -126,6 +131,73 @@ def _scattered_into(unfolded: Unfolded) -> Unfolded:
         instructions[readers[0]] = (*added, scatter)
     flat = tuple(x for group in instructions for x in group)
     return replace(unfolded, buffers=tuple(buffers), instructions=flat)
+
+
+def looked_up(unfolded: Unfolded) -> Unfolded:
+    """Look-ups as kernels of their own, of tables that are gathered as narrow as rows.
+
+    Rows that nothing reads but a conversion to a narrower type are looked up in it.
+    """
+    instructions: list[tuple[Instruction, ...]] = [(x,) for x in unfolded.instructions]
+    buffers = list(unfolded.buffers)
+    for index, one in enumerate(unfolded.instructions):
+        if one.kind != "gather" or one.step is not None:
+            continue
+        instructions[index] = (replace(one, role=OPAQUE),)
+        (rows,) = one.writes
+        reader = _only_reader(unfolded, rows)
+        if reader is None or unfolded.instructions[reader].kind not in CONVERTS:
+            continue
+        (made,) = unfolded.instructions[reader].writes
+        item_bytes = buffers[made].item_bytes
+        if item_bytes >= buffers[rows].item_bytes or rows in unfolded.pinned:
+            continue
+        instructions[index] = (replace(one, role=OPAQUE, writes=(made,)),)
+        instructions[reader] = ()
+        way = list(_gathers(unfolded, one.reads[0]))
+        if not way:
+            continue
+        first = unfolded.instructions[way[-1]]
+        (shard,) = first.reads
+        narrow = _narrowed(buffers[shard], item_bytes)
+        buffers.append(narrow)
+        for at in way:
+            (whole,) = unfolded.instructions[at].writes
+            buffers[whole] = _narrowed(buffers[whole], item_bytes)
+        convert = replace(
+            first,
+            kind=NARROW,
+            role=OPAQUE,
+            op=None,
+            step=None,
+            overwrites=(),
+            writes=(len(buffers) - 1,),
+        )
+        gather = replace(first, reads=convert.writes)
+        instructions[way[-1]] = convert, gather
+    flat = tuple(x for group in instructions for x in group)
+    return replace(unfolded, buffers=tuple(buffers), instructions=flat)
+
+
+def _gathers(unfolded: Unfolded, buffer: int) -> Iterator[int]:
+    """The all-gathers that a look-up's table comes from, the last first."""
+    at = unfolded.writer[buffer]
+    while at >= 0 and unfolded.instructions[at].kind == ALL_GATHER:
+        if len(unfolded.readers[buffer]) > 1 or buffer in unfolded.pinned:
+            return
+        yield at
+        (buffer,) = unfolded.instructions[at].reads
+        at = unfolded.writer[buffer]
+
+
+def _narrowed(buffer: Buffer, item_bytes: float) -> Buffer:
+    size = round(buffer.num_bytes * item_bytes / buffer.item_bytes)
+    return replace(buffer, num_bytes=size, item_bytes=item_bytes)
+
+
+def _only_reader(unfolded: Unfolded, buffer: int) -> int | None:
+    readers = unfolded.readers[buffer]
+    return readers[0] if len(readers) == 1 and buffer not in unfolded.outputs else None
 
 
 def _zeros(unfolded: Unfolded, buffer: int) -> bool:
@@ -240,7 +312,7 @@ def _with_fills(unfolded: Unfolded) -> Unfolded:
     for index, one in enumerate(unfolded.instructions):
         for buffer in ahead.get(index, ()):
             fill_it = unfolded.instructions[unfolded.writer[buffer]]
-            instructions.append(replace(fill_it, index=one.index, reads=()))
+            instructions.append(replace(fill_it, reads=()))
         if index not in gone:
             reads = (stands_for.get(b, b) for b in one.reads)
             instructions.append(replace(one, reads=tuple(dict.fromkeys(reads))))

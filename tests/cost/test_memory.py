@@ -427,12 +427,23 @@ def definition(of: Program, sizes: tuple[int, ...]) -> int:
     def made_of(value: int) -> set[int]:
         return {s for read in maker[value].operands for s in sources(read)}
 
+    def demanded(value: int) -> bool:
+        opaque = any(op.kind == "opaque" for op in readers(value))
+        return value in of.outputs or opaque
+
+    def kernels(value: int) -> set[int]:
+        """What reads a value in the end, where all that read it are made on the way."""
+        return {end(op.results[0]) for op in readers(value)}
+
+    def end(value: int) -> int:
+        on_the_way = maker[value].kind != "opaque" and not demanded(value)
+        ends = kernels(value) if on_the_way else set()
+        return ends.pop() if len(ends) == 1 else value
+
     def written(value: int) -> bool:
-        if value not in maker or maker[value].kind == "opaque":
+        if value not in maker or maker[value].kind == "opaque" or demanded(value):
             return True
-        if value in of.outputs or any(op.kind == "opaque" for op in readers(value)):
-            return True
-        again, count = sum(sizes[s] for s in made_of(value)), len(readers(value))
+        again, count = sum(sizes[s] for s in made_of(value)), len(kernels(value))
         most = AGAIN * sizes[value] * count
         dear = maker[value].kind == "tanh"
         return count > 1 and (dear or again * (count - 1) > most)

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from rhino_jax.cost.buffers import Unfolded, unfold
 from rhino_jax.cost.fusion import fusion
 from rhino_jax.cost.habits import HABITS, Habits
-from rhino_jax.cost.instructions import OPAQUE, PLACES, Instruction
+from rhino_jax.cost.instructions import NARROW, OPAQUE, PLACES, Instruction
 from rhino_jax.cost.memory import Held, memory
 from rhino_jax.cost.order import gradients_at_end, kept_at_end, side_inputs
-from rhino_jax.cost.simplify import simplified
+from rhino_jax.cost.simplify import looked_up, simplified
 from rhino_jax.cost.tiles import flat_bytes, tiled_bytes
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
-from rhino_jax.ir.steps import ALL_REDUCE, Step
+from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, Step
 from rhino_jax.rules import rule_of
 from tests.cost.plans import ONE, f32, planned, traced_whole, trained
 
@@ -319,6 +319,47 @@ def test_a_scatter_into_something_is_a_scatter_into_the_sum() -> None:
     ((before, after),) = scatter.overwrites
     assert found.instructions[found.writer[before]].kind == "add"
     assert found.outputs == (after,)
+
+
+def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.tanh(table[ids].astype(jnp.bfloat16))
+
+
+def test_a_tpu_s_look_up_in_a_loop_is_narrow_and_a_kernel_of_its_own() -> None:
+    ids = jax.ShapeDtypeStruct((256,), jnp.int32)
+    plain = unfolded_of(TPU, rows_of, f32(ROWS, 64), ids)
+    found = looked_up(plain)
+    (gather,) = (x for x in found.instructions if x.kind == "gather")
+    (rows,) = gather.writes
+    assert found.buffers[rows].item_bytes == 2
+    assert fusion(found, TPU).written[rows] and not fusion(plain, TPU).written[rows]
+    assert "convert_element_type" not in kinds(found)
+
+
+def test_a_table_that_is_gathered_for_a_look_up_is_converted_before() -> None:
+    # As compiled for v5e: bf16[625000,128] convert, then the all-gather.
+    ids = jax.ShapeDtypeStruct((256,), jnp.int32)
+    plain = unfolded_of(TPU, rows_of, f32(ROWS, 64), ids)
+    (table, *_), whole = plain.inputs, len(plain.buffers)
+    shard = replace(plain.buffers[table], num_bytes=plain.buffers[table].num_bytes // 4)
+    step = Step(ALL_GATHER, ("x",), Layout.of([("x", 1)], []), Layout.of([], []), 8)
+    first = plain.instructions[0]
+    bring = replace(first, kind=ALL_GATHER, role=OPAQUE, step=step, overwrites=())
+    bring = replace(bring, reads=(table,), writes=(whole,))
+    buffers = [*plain.buffers, plain.buffers[table]]
+    buffers[table] = shard
+    read = tuple(
+        replace(x, reads=tuple(whole if b == table else b for b in x.reads))
+        for x in plain.instructions
+    )
+    found = looked_up(
+        replace(plain, buffers=tuple(buffers), instructions=(bring, *read))
+    )
+    assert kinds(found)[:2] == [NARROW, ALL_GATHER]
+    (narrow,), (brought,) = (x.writes for x in found.instructions[:2])
+    assert found.instructions[1].reads == (narrow,)
+    assert found.buffers[narrow].num_bytes == shard.num_bytes // 2
+    assert found.buffers[brought].num_bytes == 4 * found.buffers[narrow].num_bytes
 
 
 def sending(unfolded: Unfolded) -> Unfolded:
