@@ -13,7 +13,7 @@ from rhino_jax.cost.compute import kernel_works
 from rhino_jax.cost.fusion import Fusion
 from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.instructions import Unfolded
-from rhino_jax.cost.memory import real_reads
+from rhino_jax.cost.lives import real_reads
 from rhino_jax.cost.order import combined_at
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.steps import Step

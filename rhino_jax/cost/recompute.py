@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rhino_jax.cost.instructions import FUSED, REDUCING
-from rhino_jax.cost.memory import Held, real_reads
+from rhino_jax.cost.lives import real_reads
+from rhino_jax.cost.memory import Held
 
 REPEATED = frozenset((FUSED, REDUCING))
 
