@@ -41,6 +41,8 @@ class Habits:
         hides_literals: a literal behind a barrier is not known any more.
         sums_beside: a sum over what a kernel writes is made in that kernel, which then
             writes over nothing that it reads.
+        tries_first: of what a kernel reads the first of a result's size is tried to be
+            written over, and given up where it is read again; else one that is not.
         adds_whole: what is added to a product is written whole, broadcasts too.
         recomputes: where more stands than the second share of what inputs and outputs
             leave of the first share of the device's memory, the compiler recomputes;
@@ -71,6 +73,7 @@ class Habits:
     scatters_windows: bool = False
     hides_literals: bool = False
     sums_beside: bool = False
+    tries_first: bool = False
     adds_whole: bool = False
     recomputes: tuple[float, ...] = ()
     size: Size = flat_bytes
@@ -103,6 +106,7 @@ _GPU = Habits(
     scatters_windows=True,
     hides_literals=True,
     sums_beside=True,
+    tries_first=True,
     adds_whole=True,
     recomputes=(0.80, 0.95),
 )

@@ -101,8 +101,9 @@ def lives(unfolded: Unfolded, fused: Fusion, habits: Habits) -> Lives:
         if index in kernels.copying:
             continue
         ends = tuple(b for b in reads[index] if b in born and dies[b] == index)
+        tried = reads[index] if habits.tries_first else ends
         for read, made in _in_place(
-            instruction, reads[index], ends, unfolded, fused, habits
+            instruction, reads[index], tried, unfolded, fused, habits
         ):
             if made in summed and instruction.role == FUSED:
                 continue
@@ -193,13 +194,13 @@ def real_reads(instruction: Instruction, fused: Fusion) -> tuple[int, ...]:
 def _in_place(
     instruction: Instruction,
     reads: tuple[int, ...],
-    ends: tuple[int, ...],
+    tried: tuple[int, ...],
     unfolded: Unfolded,
     fused: Fusion,
     habits: Habits,
 ) -> Iterator[tuple[int, int]]:
     """Pairs (read, written) of equal size that may be one memory; of what a fused
-    instruction reads those that it reads last, the ``ends``."""
+    instruction reads the first one ``tried``."""
     buffers = unfolded.buffers
     if instruction.role != FUSED:
         yield from (
@@ -212,7 +213,7 @@ def _in_place(
     apart = {b for read in reads for b in fused.reduced.get(read, ())}
     if habits.workspace_bytes:  # A library gives a pair: what it makes, and scratch.
         apart.update(b for b in reads if _made_by_library(unfolded, b))
-    left = [b for b in ends if b not in apart]
+    left = [b for b in tried if b not in apart]
     for made in instruction.writes:
         if not fused.written[made]:
             continue
