@@ -30,6 +30,8 @@ MARGIN = 0.08
 NEAR = tuple(percent / 100 for percent in range(85, 111))
 """How full devices are for which the verdict is asked: every hundredth."""
 FILLED = (0.2, 0.8)
+"""What fills less of its device is not asked about a full one: there small things rule.
+"""
 WIRE_TOLERANCE, TINY_BYTES = 0.05, 4096
 NOTHING = ("false",)
 """In the compiler's place: what is not kept is not compiled."""
@@ -159,12 +161,16 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
         )
         yield (
             "verdict: predicted and compiled, what is set aside, on devices "
-            f"{NEAR[0]:.0%} to {NEAR[-1]:.0%} full ({len(NEAR)} a case); with a margin "
-            f'of {MARGIN:.0%} it is never to say "fits" where it does not. It did for:'
+            f"{NEAR[0]:.0%} to {NEAR[-1]:.0%} full ({len(NEAR)} a case), of cases that "
+            f"fill {FILLED[0]:.0%} of their own at least; with a margin of {MARGIN:.0%} "
+            'it is never to say "fits" where it does not. Of all cases it did for:'
         )
         for row in good:
             if wrong := sum(safe and not true for _, safe, true in near(row)):
-                yield f"  {row.name}: {wrong}, predicted {row.aside_ratio:.3f} of it"
+                yield (
+                    f"  {row.name}: {wrong}, predicted {row.aside_ratio:.3f} of it "
+                    f"({row.fill:.0%} of the device)"
+                )
     wire = [axis for row in good for axis in row.judged_wire]
     if wire:
         close = sum(abs(ratio - 1) <= WIRE_TOLERANCE for *_, ratio in wire)
@@ -190,12 +196,15 @@ def _errors(rows: list[Row]) -> str:
 
 
 def _verdicts(rows: list[Row]) -> str:
-    verdicts = [verdict for row in rows for verdict in near(row)]
+    some = [row for row in rows if row.fill >= FILLED[0]]
+    verdicts = [verdict for row in some for verdict in near(row)]
+    if not verdicts:
+        return "no verdict"
     right = sum(told == true for told, _, true in verdicts)
     wrong = sum(safe and not true for _, safe, true in verdicts)
     return (
-        f"verdicts {right} of {len(verdicts)} right ({right / len(verdicts):.1%}), "
-        f"{wrong} unsafe"
+        f"verdicts {right} of {len(verdicts)} right ({right / len(verdicts):.1%}; "
+        f"{len(some)} cases), {wrong} unsafe"
     )
 
 
