@@ -162,7 +162,7 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
         yield (
             "verdict: predicted and compiled, what is set aside, on devices "
             f"{NEAR[0]:.0%} to {NEAR[-1]:.0%} full ({len(NEAR)} a case), of cases that "
-            f"fill {FILLED[0]:.0%} of their own at least; with a margin of {MARGIN:.0%} "
+            f"fill {FILLED[0]:.0%} of theirs at least; with a margin of {MARGIN:.0%} "
             'it is never to say "fits" where it does not. Of all cases it did for:'
         )
         for row in good:
