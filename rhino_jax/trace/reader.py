@@ -34,6 +34,7 @@ from rhino_jax.trace.partitioning import partitioning_rule
 from rhino_jax.trace.pools import without_pads
 from rhino_jax.trace.rewrite import rewritten
 
+CONVERT = "convert_element_type"
 INLINED: Mapping[str, str] = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -133,6 +134,8 @@ class _Reader:
     rules: Mapping[str, Any]
     consts: list[Any] = field(default_factory=list)
     known: dict[int, int] = field(default_factory=dict)
+    converted: dict[Any, list[int]] = field(default_factory=dict)
+    """Inputs in other types, by input and parameters of the conversion."""
 
     def equations(self, jaxpr: Any, env: dict[Any, int], stack: str) -> list[int]:
         """Read every equation; the numbers of the jaxpr's results."""
@@ -238,6 +241,12 @@ class _Reader:
         local: Program | None = None,
     ) -> list[int]:
         outs = [self.builder.value(var.aval) for var in eqn.outvars]
+        params = tuple(sorted(call.params.items()))
+        if kind == CONVERT and call.operands[0] in self.inputs:
+            # Compilers see that equal ones are one, and so that their gathers are.
+            first = self.converted.setdefault((*call.operands, params), outs)
+            if first is not outs:
+                return first
         file, line = self._line(eqn)
         where = Where(file, line, _join(stack, compat.name_stack(eqn)))
         self.builder.ops.append(
@@ -245,7 +254,7 @@ class _Reader:
                 kind,
                 tuple(call.operands),
                 tuple(outs),
-                tuple(sorted(call.params.items())),
+                params,
                 tuple(call.bodies),
                 where,
                 eqn,
