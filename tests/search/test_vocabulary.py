@@ -176,6 +176,24 @@ def test_zeros_to_scatter_into_are_made_in_parts(loss: Loss, tied: bool) -> None
     assert not {m.value for m in whole} & set(zeros)
 
 
+def test_a_table_converted_at_each_look_up_is_gathered_once() -> None:
+    """By ZeRO's recipe: compilers see that the two are equal, so the plan must."""
+
+    def loss_of(params: Any, batch: Any) -> jax.Array:
+        half = jnp.bfloat16
+        x = params["embed"].astype(half)[batch["x"]]
+        y = params["embed"].astype(half)[batch["t"]]
+        return jnp.mean(jnp.tanh(x @ params["w"].astype(half)) * y)
+
+    def step(params: Any, batch: Any) -> Any:
+        value, grads = jax.value_and_grad(loss_of)(params, batch)
+        return jax.tree.map(lambda p, g: p - g, params, grads), value
+
+    plan = made((step, *args_of(tied=True)), "zero3", data=4)
+    gathered = [c for c in plan.sent if c.kind == "all-gather"]
+    assert sum(c.count for c in gathered if c.shape == (VOCAB, WIDTH)) == 1
+
+
 def test_it_is_the_undecorated_step(x64: None) -> None:
     mesh = {"data": 2, "tensor": 4}
     rng = np.random.default_rng(0)

@@ -100,6 +100,22 @@ def test_a_constant_of_a_body_is_an_operand_of_its_op() -> None:
     assert {len(body.inputs) for body in op.programs} == {3}
 
 
+def test_a_parameter_converted_twice_is_one_array() -> None:
+    def twice(w: Any, x: Any) -> Any:
+        half = jnp.bfloat16
+        y = x.astype(half) @ w.astype(half)  # the second reader's w is this one
+        return (y @ w.astype(half).T).astype(w.dtype), w.astype(jnp.float16), y + y
+
+    square = jnp.outer(X, X) / 8
+    program = check_step(twice, (square, square)).program
+    w = program.inputs[0]
+    made = [op for op in program.ops if op.operands == (w,)]
+    assert sorted(program.values[op.results[0]].dtype for op in made) == [
+        "bfloat16",
+        "float16",
+    ]
+
+
 def test_every_loop_and_branch_gives_what_jax_gives() -> None:
     def step(x: Any, n: Any) -> Any:
         fixed = lax.fori_loop(0, 3, lambda i, c: c * 0.5 + i, x)
