@@ -22,7 +22,7 @@ from rhino_jax.cost.instructions import (
     Unfolded,
     with_stores,
 )
-from rhino_jax.cost.simplify import looked_up, simplified
+from rhino_jax.cost.simplify import looked_up, narrowed, simplified
 from rhino_jax.ir.assignment import Assignment, Loop
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME
@@ -106,8 +106,8 @@ def _tables_ahead(
     for table, item_bytes in narrow.items():
         value, layout = given[table]
         wide = work.buffers[frame.versions[value][layout]]
-        size = round(item_bytes / wide.item_bytes * wide.num_bytes)
-        work.buffers.append(Buffer(value, size, f"{wide.name}, converted", item_bytes))
+        named = replace(wide, value=value, name=f"{wide.name}, converted")
+        work.buffers.append(narrowed(named, item_bytes))
         copies.append(len(work.buffers) - 1)
         read = (frame.versions[value][layout],)
         convert = "convert_element_type"

@@ -40,7 +40,14 @@ from rhino_jax.cost.instructions import (
 from rhino_jax.cost.simplify import simplified
 from rhino_jax.cost.ticks import pipelined, with_totals
 from rhino_jax.cost.tiles import stored_bytes, window_shapes
-from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, phases, whole
+from rhino_jax.ir.assignment import (
+    Assignment,
+    OpPlan,
+    boundary,
+    phases,
+    waited_for,
+    whole,
+)
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import WAITS, Op, Program, itemsize
@@ -136,10 +143,9 @@ class Frame:
         return held[layout]
 
     def waited(self, value: int, beside: Iterable[int]) -> tuple[int, ...]:
-        """What stands behind a barrier with ``value`` when it is moved again: the
-        largest other operand of the op that reads it."""
-        others = [v for v in beside if v != value and v in self.versions]
-        anchor = max(others, key=lambda v: self.program.values[v].size, default=None)
+        """What stands behind a barrier with ``value`` when it is moved again."""
+        at_hand = (v for v in beside if v in self.versions)
+        anchor = waited_for(self.program, value, at_hand)
         return () if anchor is None else tuple(self.versions[anchor].values())
 
 

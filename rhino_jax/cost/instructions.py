@@ -147,6 +147,11 @@ class Unfolded:
                 found[buffer].append(index)
         return tuple(map(tuple, found))
 
+    def only_reader(self, buffer: int) -> int | None:
+        """The one instruction that reads a buffer; None where several do, or none."""
+        readers = self.readers[buffer]
+        return readers[0] if len(readers) == 1 else None
+
     @cached_property
     def writer(self) -> tuple[int, ...]:
         """Buffer -> the instruction that writes it; -1 for inputs and constants."""

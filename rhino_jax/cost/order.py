@@ -117,10 +117,10 @@ def products_at(unfolded: Unfolded, apart: bool = False) -> dict[int, int]:
         if instruction.kind != "dot_general":
             continue
         (product,) = instruction.writes
-        made, reader = product, _only_reader(unfolded, product)
+        made, reader = product, unfolded.only_reader(product)
         while reader is not None and unfolded.instructions[reader].kind in CONVERTS:
             (made,) = unfolded.instructions[reader].writes
-            reader = _only_reader(unfolded, made)
+            reader = unfolded.only_reader(made)
         if reader is None or unfolded.instructions[reader].kind not in ADDS:
             continue
         if apart and made != product and reader > last_sent:
@@ -150,13 +150,10 @@ def products_ahead(unfolded: Unfolded, runs: Mapping[int, int]) -> dict[int, int
         later = [place for place in places.values() if place is not None]
         others = [r for r, place in places.items() if place is None]
         first = min(later, default=index)
-        if first > index and all(_sums(unfolded.instructions[r]) for r in others):
+        sums = (unfolded.instructions[r].role == REDUCING for r in others)
+        if first > index and all(sums):
             found.update(dict.fromkeys((index, *others), first))
     return found
-
-
-def _sums(instruction: Instruction) -> bool:
-    return instruction.role == REDUCING
 
 
 def side_inputs(unfolded: Unfolded) -> dict[int, int]:
@@ -169,12 +166,12 @@ def side_inputs(unfolded: Unfolded) -> dict[int, int]:
         if instruction.kind != "conv_general_dilated":
             continue
         (made,) = instruction.writes
-        reader = _only_reader(unfolded, made)
+        reader = unfolded.only_reader(made)
         if reader is None or unfolded.instructions[reader].kind not in ADDS:
             continue
         for other in unfolded.instructions[reader].reads:
             ready = -1 < unfolded.writer[other] < index
-            if ready and _only_reader(unfolded, other) == reader:
+            if ready and unfolded.only_reader(other) == reader:
                 found[other] = index
     return found
 
@@ -245,11 +242,11 @@ def kept_at_end(unfolded: Unfolded) -> dict[int, int]:
     for index, instruction in enumerate(unfolded.instructions):
         if instruction.kind != "dot_general":
             continue
-        chain, reader = [index], _only_reader(unfolded, instruction.writes[0])
+        chain, reader = [index], unfolded.only_reader(instruction.writes[0])
         while reader is not None and _passes_on(unfolded.instructions[reader]):
             chain.append(reader)
             (made,) = unfolded.instructions[reader].writes
-            reader = _only_reader(unfolded, made)
+            reader = unfolded.only_reader(made)
         if reader is not None and unfolded.instructions[reader].kind == STORE:
             found.update(dict.fromkeys((*chain, reader), end))
     return found
@@ -273,13 +270,13 @@ def gradients_at_end(unfolded: Unfolded) -> dict[int, int]:
         if not _multiplies_matrices(instruction):
             continue
         chain, (made,) = [index], instruction.writes
-        reader = _only_reader(unfolded, made)
+        reader = unfolded.only_reader(made)
         while reader is not None and _passes_on(unfolded.instructions[reader]):
             chain.append(reader)
             if made in held:
                 break
             (made,) = unfolded.instructions[reader].writes
-            reader = _only_reader(unfolded, made)
+            reader = unfolded.only_reader(made)
         reduced = any(unfolded.instructions[i].kind in COMBINED for i in chain)
         reduced |= reader is not None and reader in totals
         after = min(unfolded.readers[made], default=-1) > last
@@ -326,11 +323,6 @@ def stores_reduced(body: Unfolded) -> bool:
 
 def _passes_on(instruction: Instruction) -> bool:
     return instruction.kind in CONVERTS or instruction.kind in COMBINED
-
-
-def _only_reader(unfolded: Unfolded, buffer: int) -> int | None:
-    readers = unfolded.readers[buffer]
-    return readers[0] if len(readers) == 1 else None
 
 
 def _first_reads(unfolded: Unfolded, reads: list[tuple[int, ...]]) -> list[int]:

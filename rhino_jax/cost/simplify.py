@@ -145,12 +145,13 @@ def looked_up(unfolded: Unfolded) -> Unfolded:
             continue
         instructions[index] = (replace(one, role=OPAQUE),)
         (rows,) = one.writes
-        reader = _only_reader(unfolded, rows)
+        reader = unfolded.only_reader(rows)
         if reader is None or unfolded.instructions[reader].kind not in CONVERTS:
             continue
         (made,) = unfolded.instructions[reader].writes
         item_bytes = buffers[made].item_bytes
-        if item_bytes >= buffers[rows].item_bytes or rows in unfolded.pinned:
+        kept = rows in unfolded.pinned or rows in unfolded.outputs
+        if kept or item_bytes >= buffers[rows].item_bytes:
             continue
         instructions[index] = (replace(one, role=OPAQUE, writes=(made,)),)
         instructions[reader] = ()
@@ -159,11 +160,11 @@ def looked_up(unfolded: Unfolded) -> Unfolded:
             continue
         first = unfolded.instructions[way[-1]]
         (shard,) = first.reads
-        narrow = _narrowed(buffers[shard], item_bytes)
+        narrow = narrowed(buffers[shard], item_bytes)
         buffers.append(narrow)
         for at in way:
             (whole,) = unfolded.instructions[at].writes
-            buffers[whole] = _narrowed(buffers[whole], item_bytes)
+            buffers[whole] = narrowed(buffers[whole], item_bytes)
         convert = replace(
             first,
             kind=NARROW,
@@ -190,14 +191,10 @@ def _gathers(unfolded: Unfolded, buffer: int) -> Iterator[int]:
         at = unfolded.writer[buffer]
 
 
-def _narrowed(buffer: Buffer, item_bytes: float) -> Buffer:
+def narrowed(buffer: Buffer, item_bytes: float) -> Buffer:
+    """``buffer`` in a type of so many bytes an element."""
     size = round(buffer.num_bytes * item_bytes / buffer.item_bytes)
     return replace(buffer, num_bytes=size, item_bytes=item_bytes)
-
-
-def _only_reader(unfolded: Unfolded, buffer: int) -> int | None:
-    readers = unfolded.readers[buffer]
-    return readers[0] if len(readers) == 1 and buffer not in unfolded.outputs else None
 
 
 def _zeros(unfolded: Unfolded, buffer: int) -> bool:

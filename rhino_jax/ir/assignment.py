@@ -9,7 +9,7 @@ until the same move is written again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from rhino_jax.ir.depends import backward
@@ -187,6 +187,16 @@ def _cond(program: Program, op: Op, plan: OpPlan) -> Boundary:
 def _call(program: Program, op: Op, plan: OpPlan) -> Boundary:
     (body,) = plan.inner
     return body.inputs, body.outputs
+
+
+def waited_for(program: Program, value: int, beside: Iterable[int]) -> int | None:
+    """What the barrier of a move that is made again waits for, of values ``beside``.
+
+    The largest other operand of the op that reads ``value`` (a cotangent, for a weight
+    that is gathered again); None where there is no other.
+    """
+    others = (v for v in beside if v != value)
+    return max(others, key=lambda v: program.values[v].size, default=None)
 
 
 _BOUNDARY = {"scan": _scan, "while": _while, "cond": _cond, "remat2": _call}

@@ -16,7 +16,7 @@ import jax
 from jax import lax
 
 from rhino_jax import compat
-from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, whole
+from rhino_jax.ir.assignment import Assignment, OpPlan, boundary, waited_for, whole
 from rhino_jax.ir.factors import Choice, Rule
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import Mesh
@@ -72,13 +72,13 @@ class Frame:
     def _apart(self, source: jax.Array, value: int, beside: Sequence[int]) -> jax.Array:
         """``source`` behind a barrier, so that no compiler merges what is done again.
 
-        The barrier waits for the largest other operand of the op that reads it (a
-        cotangent, for a weight that is gathered again): alone it is seen through.
+        The barrier waits for another operand of the op that reads it
+        (:func:`~rhino_jax.ir.assignment.waited_for`): alone it is seen through.
         """
-        others = [v for v in beside if v != value and v in self.versions]
-        if not others:
+        at_hand = (v for v in beside if v in self.versions)
+        anchor = waited_for(self.program, value, at_hand)
+        if anchor is None:
             return lax.optimization_barrier(source)
-        anchor = max(others, key=lambda v: self.program.values[v].size)
         held = self.versions[anchor]
         layouts = list(held)
         source, *waited = lax.optimization_barrier((source, *held.values()))

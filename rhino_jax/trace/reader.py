@@ -112,7 +112,10 @@ def read_jaxpr(
         label = input_names[i] if i < len(input_names) else ""
         env[var] = builder.value(var.aval, label)
     reader = _Reader(
-        builder, [env[var] for var in closed.jaxpr.invars], place, rules or {}
+        builder,
+        dict.fromkeys(env[var] for var in closed.jaxpr.invars),
+        place,
+        rules or {},
     )
     env.update(reader.constants(closed.jaxpr, closed.consts))
     outputs = reader.equations(closed.jaxpr, env, "")
@@ -129,7 +132,7 @@ def read_jaxpr(
 @dataclass
 class _Reader:
     builder: _Builder
-    inputs: list[int]
+    inputs: dict[int, None]
     place: tuple[str, int]
     rules: Mapping[str, Any]
     consts: list[Any] = field(default_factory=list)
@@ -175,7 +178,7 @@ class _Reader:
         if id(const) not in self.known:
             self.builder.values.append(replace(value, name="const"))
             number = len(self.builder.values) - 1
-            self.inputs.append(number)
+            self.inputs[number] = None
             self.consts.append(const)
             self.known[id(const)] = number
         return self.known[id(const)]
