@@ -1,20 +1,18 @@
 """The loop over microbatches as one device carries it out.
 
 Its body's ops are ops of the Program itself; its carries are the accumulators, narrow
-ones in float32. Where rows are looked up and only then converted, a TPU's compiler
-converts the whole table ahead of the loop, or the shard of it that every turn gathers
-(``habits.tables_ahead``).
+ones in float32. What compilers make ready ahead of the loop is in
+:mod:`rhino_jax.cost.ahead`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from rhino_jax.cost.ahead import batches_ahead, tables_ahead
 from rhino_jax.cost.instructions import (
     ACCUMULATE,
     FUSED,
-    NARROW,
     OPAQUE,
     ZEROS,
     Buffer,
@@ -22,7 +20,7 @@ from rhino_jax.cost.instructions import (
     Unfolded,
     with_stores,
 )
-from rhino_jax.cost.simplify import looked_up, narrowed, simplified
+from rhino_jax.cost.simplify import looked_up, simplified
 from rhino_jax.ir.assignment import Assignment, Loop
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME
@@ -47,8 +45,9 @@ def accumulated(
         if body.readers[at] or at in body.outputs
     ]
     if work.habits.tables_ahead:
-        body, copies = _tables_ahead(work, frame, body, used, place)
-        reads += copies
+        for prepared in (tables_ahead, batches_ahead):
+            body, copies = prepared(work, frame, body, used, place)
+            reads += copies
     pairs = []
     for move in leaving:
         made = _total(work, program, move, loop.trips)
@@ -79,44 +78,6 @@ def accumulated(
         if move not in leaving:
             made_by = program.ops[program.producer[move.value]]
             work.move(frame, move, place, made_by)
-
-
-def _tables_ahead(
-    work: Unfolding,
-    frame: Frame,
-    body: Unfolded,
-    used: list[tuple[int, Layout]],
-    place: int,
-) -> tuple[Unfolded, list[int]]:
-    """Narrow copies of what every turn looks rows up in, whole or yet to be gathered.
-
-    And the body, which reads them.
-    """
-    given = dict(zip(body.inputs, used, strict=False))
-    narrow: dict[int, float] = {}
-    ahead = []
-    for one in body.instructions:
-        if one.kind not in ("gather", NARROW) or one.reads[0] not in given or one.step:
-            continue
-        (made,) = one.writes
-        if body.buffers[made].item_bytes < body.buffers[one.reads[0]].item_bytes:
-            narrow[one.reads[0]] = body.buffers[made].item_bytes
-            ahead += [one] if one.kind == NARROW else []
-    copies = []
-    for table, item_bytes in narrow.items():
-        value, layout = given[table]
-        wide = work.buffers[frame.versions[value][layout]]
-        named = replace(wide, value=value, name=f"{wide.name}, converted")
-        work.buffers.append(narrowed(named, item_bytes))
-        copies.append(len(work.buffers) - 1)
-        read = (frame.versions[value][layout],)
-        convert = "convert_element_type"
-        work.emit(
-            Instruction(convert, OPAQUE, read, (copies[-1],), frame.program, place)
-        )
-    left = tuple(x for x in body.instructions if x not in ahead)
-    inputs = (*body.inputs, *(b for one in ahead for b in one.writes))
-    return replace(body, instructions=left, inputs=inputs), copies
 
 
 def _total(work: Unfolding, program: Program, move: Move, trips: int) -> int:

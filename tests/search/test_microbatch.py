@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from rhino_jax.cluster.parse import parse_cluster
-from rhino_jax.cost.buffers import ACCUMULATE, Unfolded, unfold
+from rhino_jax.cost.ahead import CONVERT, LAY_OUT
+from rhino_jax.cost.buffers import ACCUMULATE, FUSED, OPAQUE, Unfolded, unfold
 from rhino_jax.cost.habits import HABITS
 from rhino_jax.cost.memory import memory
 from rhino_jax.cost.model import predict
@@ -23,7 +24,7 @@ from rhino_jax.ir.factors import choice_problems
 from rhino_jax.ir.layout import Layout, parse_layout
 from rhino_jax.ir.mesh import TIME, Mesh
 from rhino_jax.ir.program import Program
-from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, FREE
+from rhino_jax.ir.steps import ALL_GATHER, ALL_REDUCE, FREE, SLICE
 from rhino_jax.plan import Plan, make_plan
 from rhino_jax.rules import rule_of
 from rhino_jax.search.choose import plan_recipe
@@ -413,9 +414,44 @@ def test_a_tpu_converts_tables_ahead_of_the_loop(platform: str, ahead: bool) -> 
         found.buffers[buffer]
         for buffer in loop.reads
         if found.writer[buffer] >= 0
-        and found.instructions[found.writer[buffer]].kind == "convert_element_type"
+        and found.instructions[found.writer[buffer]].kind == CONVERT
     ]
     assert [x.num_bytes for x in copies] == [1024 * WIDTH * 2] * ahead
+
+
+def looked_at() -> tuple[Callable[..., Any], Any, Any]:
+    """Rows of a few features, converted for a product."""
+    weight = jax.ShapeDtypeStruct((6, WIDTH), jnp.bfloat16)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        made = batch["features"].astype(jnp.bfloat16) @ params["w"]
+        return jnp.sum(jnp.square(made).astype(jnp.float32))
+
+    batch = {"features": jax.ShapeDtypeStruct((8192, 6), jnp.float32)}
+    return with_momentum(loss), state_of({"w": weight}), batch
+
+
+@pytest.mark.parametrize(("platform", "ahead"), [("tpu", True), ("cuda", False)])
+def test_a_tpu_converts_a_batch_ahead_of_the_loop(platform: str, ahead: bool) -> None:
+    # 1,024 rows a device in two turns: tiles have them as lanes and their 6 features as
+    # 8 rows. Laid out anew, those of a turn lie in a row of each tile.
+    found = unfolded_loop(looked_at(), platform, "data_parallel")
+    (loop,) = [x for x in found.instructions if x.kind == ACCUMULATE]
+    copies = [
+        (found.instructions[found.writer[buffer]].kind, found.buffers[buffer].num_bytes)
+        for buffer in loop.reads
+        if found.writer[buffer] >= 0
+    ]
+    made = [x for x in copies if x[0] in (CONVERT, LAY_OUT)]
+    narrow_bytes = 1024 * 8 * 2
+    wanted = [(CONVERT, narrow_bytes), (LAY_OUT, narrow_bytes)]
+    assert made == wanted * ahead
+    (body,) = loop.bodies
+    parts = [x for x in body.instructions if x.kind == SLICE and x.step]
+    assert [x.role for x in parts] == [OPAQUE if ahead else FUSED]
+    if ahead:  # one row of bfloat16 is stored as a pair
+        (part,) = parts[0].writes
+        assert body.buffers[part].num_bytes == 2 * narrow_bytes // 2
 
 
 def test_products_that_are_added_up_wait_where_the_loop_moves_anything() -> None:
