@@ -46,7 +46,7 @@ from rhino_jax.cost.buffers import (
     Unfolded,
 )
 from rhino_jax.cost.habits import PLAIN, Habits
-from rhino_jax.cost.instructions import CONVERTS, PRODUCTS
+from rhino_jax.cost.instructions import CONVERTS, PRODUCTS, multiplies_one
 
 AGAIN = 1.05
 REPEATED_RARELY = frozenset("div exp log log1p pow rsqrt sqrt tanh erf".split())
@@ -128,8 +128,7 @@ def fusion(unfolded: Unfolded, habits: Habits = PLAIN) -> Fusion:
             )
             dear = of_rows or instruction.kind in habits.dear
             only = readers <= habits.remade and all(
-                _multiplies_one(unfolded.instructions[i])
-                for i in unfolded.readers[made]
+                multiplies_one(unfolded.instructions[i]) for i in unfolded.readers[made]
             )
             cheap = not dear and (only or again <= AGAIN * size[made] * others)
             if readers <= 1 or cheap:
@@ -152,14 +151,6 @@ def _takes_rows(unfolded: Unfolded, one: Instruction) -> bool:
             return False
         at = unfolded.writer[maker.reads[0]]
     return True
-
-
-def _multiplies_one(one: Instruction) -> bool:
-    """A product of one matrix with another, or a convolution."""
-    if one.kind != "dot_general" or one.op is None:
-        return one.kind in PRODUCTS
-    _, (batched, _) = one.op.param["dimension_numbers"]
-    return not batched
 
 
 def _joined(unfolded: Unfolded, fused: Fusion, multiplied: set[int]) -> Fusion:

@@ -47,6 +47,7 @@ class Habits:
         recomputes: where more stands than the second share of what inputs and outputs
             leave of the first share of the device's memory, the compiler recomputes;
             () is never.
+        repeats_products: it repeats products of two matrices and convolutions, too.
         size: bytes of an array, given its shape and dtype.
         sends_beside: a shard that is handed on travels while a product works.
         tables_ahead: in a loop over microbatches look-ups are kernels of their own, and
@@ -76,6 +77,7 @@ class Habits:
     tries_first: bool = False
     adds_whole: bool = False
     recomputes: tuple[float, ...] = ()
+    repeats_products: bool = False
     size: Size = flat_bytes
     lane_bytes: int = 0
     sends_beside: bool = False
@@ -111,7 +113,7 @@ _GPU = Habits(
     recomputes=(0.80, 0.95),
 )
 # A TPU's compiler recomputes where a program does not fit the device (seen: 16.5 GiB
-# became 15.2 of 15.75). It was seen to repeat a product, too: not counted on.
+# became 15.2 of 15.75).
 HABITS: Mapping[str, Habits] = {
     "cuda": _GPU,
     "rocm": _GPU,  # assumed as of CUDA: not observed
@@ -127,6 +129,7 @@ HABITS: Mapping[str, Habits] = {
         selects=True,
         tables_ahead=True,
         recomputes=(1.0, 1.0),
+        repeats_products=True,
         dear=frozenset(),
         size=tiled_bytes,
         lane_bytes=4,

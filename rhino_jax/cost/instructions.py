@@ -167,6 +167,14 @@ def updates(kind: str) -> bool:
     return kind == "dynamic_update_slice" or kind.startswith("scatter")
 
 
+def multiplies_one(one: Instruction) -> bool:
+    """A product of one matrix with another, or a convolution."""
+    if one.kind != "dot_general" or one.op is None:
+        return one.kind in PRODUCTS
+    _, (batched, _) = one.op.param["dimension_numbers"]
+    return not batched
+
+
 def role_of(op: Op, rule: Rule) -> str:
     """Whether compilers fuse ``op``: by the table, else by what its rule says.
 

@@ -96,6 +96,7 @@ class Held:
     def __init__(self, unfolded: Unfolded, fused: Fusion, habits: Habits) -> None:
         self.unfolded = unfolded
         self.fused = fused
+        self.habits = habits
         self.lives = lives(unfolded, fused, habits)
         self.born, self.dies = self.lives.born, self.lives.dies
         self.within = {

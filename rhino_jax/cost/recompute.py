@@ -6,7 +6,9 @@ repeat before the next reader: that which frees most, after what the repetition 
 alive is taken off. An instruction that nothing has read yet is simply moved there.
 The repetition runs before whatever next reads what it reads itself, so that none of
 this stands longer for it; what it makes then stands from there, and may be repeated
-once more. Library calls (matrix products), collectives and loops are not repeated.
+once more. Collectives and loops are not repeated, nor library calls (a GPU's matrix
+products). A TPU's compiler was seen to repeat products of two matrices and convolutions
+(``habits.repeats_products``), not products of many matrices at once.
 
 On a GPU the limit on what stands beside inputs and outputs is 95 % of what they leave
 of 80 % of its memory (``xla_gpu_memory_limit_slop_factor`` and
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rhino_jax.cost.instructions import FUSED, REDUCING
+from rhino_jax.cost.instructions import FUSED, REDUCING, Instruction, multiplies_one
 from rhino_jax.cost.lives import real_reads
 from rhino_jax.cost.memory import Held
 
@@ -138,8 +140,13 @@ class _Walk:
                 uses,
                 real_reads(made_by, self.held.fused),
                 shared,
-                made_by.role in REPEATED and buffer not in kept and bool(uses),
+                self.repeats(made_by) and buffer not in kept and bool(uses),
             )
+
+    def repeats(self, one: Instruction) -> bool:
+        """Whether the compiler may run an instruction once more."""
+        products = self.held.habits.repeats_products
+        return one.role in REPEATED or (products and multiplies_one(one))
 
     def best(self, now: int) -> Stand | None:
         """What frees most if it is repeated later; the earliest of equals."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from rhino_jax.cost.buffers import unfold
@@ -17,7 +19,16 @@ from rhino_jax.cost.recompute import in_order, recomputed
 from rhino_jax.ir.mesh import Mesh
 from rhino_jax.ir.program import Program
 from rhino_jax.rules import rule_of
-from tests.cost.plans import LAYERS, ONE, planned, program, trained, whole
+from tests.cost.plans import (
+    LAYERS,
+    ONE,
+    f32,
+    planned,
+    program,
+    traced_whole,
+    trained,
+    whole,
+)
 
 VECTOR, KB = (256,), 1024
 RECOMPUTES = replace(HABITS["cpu"], recomputes=(1.0, 1.0))
@@ -121,6 +132,33 @@ def test_a_repetition_runs_before_what_next_reads_its_source() -> None:
     again = sorted((s.first, s.last) for s in found.stands if s.buffer == 2)
     assert again == [(1, 2), (4, 6)]
     assert [s.last for s in found.stands if s.buffer == 1] == [4]
+
+
+@pytest.mark.parametrize(
+    ("platform", "equation", "repeated"),
+    [
+        ("tpu", "bij,jk->bik", 1),
+        ("tpu", "bij,bjk->bik", 0),  # a matrix of its own for each
+        ("cuda", "bij,jk->bik", 0),  # a library's
+    ],
+)
+def test_a_tpu_repeats_products_of_two_matrices(
+    platform: str, equation: str, repeated: int
+) -> None:
+    weight_shape = (8, 128, 512)[equation.count("b") == 2 :]
+
+    def step(x: jax.Array, w: jax.Array) -> jax.Array:
+        wide = jnp.einsum(equation, x, w)
+        found = jnp.sort(wide)
+        for _ in range(2):
+            found = jnp.sort(-jnp.sort(found))
+        return jnp.sort(found * wide)
+
+    of, assignment = traced_whole(step, f32(8, 16, 128), f32(*weight_shape))
+    habits = HABITS[platform]
+    unfolded = unfold(of, assignment, ONE, rule_of, (), habits)
+    one = Held(unfolded, fusion(unfolded, habits), habits)
+    assert recomputed(one, 1).count == repeated
 
 
 def test_gradients_that_run_last_run_one_after_the_other() -> None:
