@@ -83,6 +83,11 @@ class Row:
         return self.needed_bytes / self.device_bytes
 
     @property
+    def told(self) -> bool:
+        """Whether it is predicted to fit its device."""
+        return self.aside_bytes <= self.device_bytes
+
+    @property
     def as_given(self) -> bool:
         """Compiled, and nothing recomputed by the compiler's own choice."""
         return self.outcome == "ok" and not self.recomputed
@@ -171,6 +176,9 @@ def summary(rows: Iterable[Row]) -> Iterator[str]:
                     f"  {row.name}: {wrong}, predicted {row.aside_ratio:.3f} of it "
                     f"({row.fill:.0%} of the device)"
                 )
+        brim = [row for row in good if NEAR[0] <= row.fill <= NEAR[-1]]
+        told = sum(row.told == (row.fill <= 1) for row in brim)
+        yield f"on their own devices, where they fill so much: {told} of {len(brim)}"
     wire = [axis for row in good for axis in row.judged_wire]
     if wire:
         close = sum(abs(ratio - 1) <= WIRE_TOLERANCE for *_, ratio in wire)
