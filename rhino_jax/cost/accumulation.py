@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rhino_jax.cost.ahead import batches_ahead, tables_ahead
 from rhino_jax.cost.instructions import (
     ACCUMULATE,
+    CONVERT,
     FUSED,
     OPAQUE,
     ZEROS,
@@ -100,7 +101,7 @@ def _narrow(work: Unfolding, frame: Frame, move: Move, place: int) -> None:
         own = work.new(frame.program, move.value, move.target)
         work.emit(
             Instruction(
-                "convert_element_type",
+                CONVERT,
                 FUSED,
                 (total,),
                 (own,),

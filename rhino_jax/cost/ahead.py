@@ -15,14 +15,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rhino_jax.cost.instructions import (
-    CONVERTS,
+    CONVERT,
     NARROW,
     OPAQUE,
     Buffer,
     Instruction,
     Unfolded,
 )
-from rhino_jax.cost.simplify import narrowed
+from rhino_jax.cost.simplify import narrowed, narrowing
 from rhino_jax.ir.layout import Layout
 from rhino_jax.ir.mesh import TIME
 from rhino_jax.ir.steps import SLICE, changed_dim
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ROW_BYTES = 4
 """Of a lane: elements that are narrower are stored in pairs or fours of rows."""
-CONVERT, LAY_OUT = "convert_element_type", "lay_out"
+LAY_OUT = "lay_out"
 COPIES = {CONVERT: "converted", LAY_OUT: "laid out anew"}
 Given = list[tuple[int, Layout]]
 """What a turn reads of the outside: values and their layouts, as its first inputs."""
@@ -58,9 +58,8 @@ def tables_ahead(
     copies = []
     for table, item_bytes in narrow.items():
         value, layout = given[table]
-        wide = replace(work.buffers[frame.versions[value][layout]], value=value)
         read = frame.versions[value][layout]
-        converted = narrowed(wide, item_bytes)
+        converted = narrowed(replace(work.buffers[read], value=value), item_bytes)
         copies.append(_copy(work, frame, read, converted, CONVERT, place))
     left = tuple(x for x in body.instructions if x not in ahead)
     inputs = (*body.inputs, *(b for one in ahead for b in one.writes))
@@ -77,6 +76,7 @@ def batches_ahead(
     given = dict(zip(body.inputs, used, strict=False))
     instructions = list(body.instructions)
     buffers, inputs, copies = list(body.buffers), list(body.inputs), list[int]()
+    kept, gone = {*body.outputs, *body.pinned}, set[int]()
     for index, one in enumerate(body.instructions):
         if one.step is None or one.kind != SLICE or one.step.axes != (TIME,):
             continue
@@ -85,8 +85,11 @@ def batches_ahead(
         value, layout = given[one.reads[0]]
         read = at_hand = frame.versions[value][layout]
         (part,) = one.writes
-        converter = _converter(body, part)
-        if converter is not None:
+        converter = narrowing(body, part)
+        if converter is not None and kept.isdisjoint(
+            body.instructions[converter].writes
+        ):
+            gone.add(converter)
             (part,) = body.instructions[converter].writes
             converted = narrowed(work.buffers[read], buffers[part].item_bytes)
             at_hand = _copy(work, frame, read, converted, CONVERT, place)
@@ -105,9 +108,7 @@ def batches_ahead(
         instructions[index] = replace(
             one, role=OPAQUE, reads=(inputs[-1],), writes=(part,)
         )
-        if converter is not None:
-            instructions[converter] = replace(instructions[converter], kind="")
-    left = tuple(x for x in instructions if x.kind)
+    left = tuple(x for index, x in enumerate(instructions) if index not in gone)
     return (
         replace(body, buffers=tuple(buffers), instructions=left, inputs=tuple(inputs)),
         copies,
@@ -122,17 +123,6 @@ def _copy(
     made = len(work.buffers) - 1
     work.emit(Instruction(kind, OPAQUE, (read,), (made,), frame.program, place))
     return made
-
-
-def _converter(body: Unfolded, part: int) -> int | None:
-    """The one instruction that reads ``part``, if it converts it to a narrower type."""
-    reader = body.only_reader(part)
-    if reader is None or body.instructions[reader].kind not in CONVERTS:
-        return None
-    (made,) = body.instructions[reader].writes
-    narrow = body.buffers[made].item_bytes < body.buffers[part].item_bytes
-    kept = {*body.outputs, *body.pinned}
-    return None if kept & {part, made} or not narrow else reader
 
 
 def _lies_across(

@@ -24,7 +24,8 @@ RENAMING = frozenset(("reshape", "squeeze", "transpose", "expand_dims", "copy_p"
 RESIZING = frozenset(("broadcast_in_dim", "reduce_sum", "reduce_max", "reduce_min"))
 """These rename too where they neither add nor drop anything but dimensions of 1."""
 ADDS = frozenset(("add", "add_any"))
-CONVERTS = frozenset(("convert_element_type",))
+CONVERT = "convert_element_type"
+CONVERTS = frozenset((CONVERT,))
 BARRIER = "optimization_barrier"
 REMATERIALIZE = "rematerialize"
 STORE, TAKE = "store", "take"

@@ -145,14 +145,11 @@ def looked_up(unfolded: Unfolded) -> Unfolded:
             continue
         instructions[index] = (replace(one, role=OPAQUE),)
         (rows,) = one.writes
-        reader = unfolded.only_reader(rows)
-        if reader is None or unfolded.instructions[reader].kind not in CONVERTS:
+        reader = narrowing(unfolded, rows)
+        if reader is None:
             continue
         (made,) = unfolded.instructions[reader].writes
         item_bytes = buffers[made].item_bytes
-        kept = rows in unfolded.pinned or rows in unfolded.outputs
-        if kept or item_bytes >= buffers[rows].item_bytes:
-            continue
         instructions[index] = (replace(one, role=OPAQUE, writes=(made,)),)
         instructions[reader] = ()
         way = list(_gathers(unfolded, one.reads[0]))
@@ -178,6 +175,17 @@ def looked_up(unfolded: Unfolded) -> Unfolded:
         instructions[way[-1]] = convert, gather
     flat = tuple(x for group in instructions for x in group)
     return replace(unfolded, buffers=tuple(buffers), instructions=flat)
+
+
+def narrowing(unfolded: Unfolded, buffer: int) -> int | None:
+    """The one instruction that reads a buffer, if it converts it to a narrower type."""
+    reader = unfolded.only_reader(buffer)
+    if reader is None or unfolded.instructions[reader].kind not in CONVERTS:
+        return None
+    (made,) = unfolded.instructions[reader].writes
+    narrower = unfolded.buffers[made].item_bytes < unfolded.buffers[buffer].item_bytes
+    kept = buffer in unfolded.pinned or buffer in unfolded.outputs
+    return reader if narrower and not kept else None
 
 
 def _gathers(unfolded: Unfolded, buffer: int) -> Iterator[int]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rhino_jax.cost.instructions import (
+    CONVERT,
     FUSED,
     OPAQUE,
     TAKE,
@@ -67,11 +68,7 @@ def pipelined(
         )
     )
     for k, own in sums.items():
-        work.emit(
-            Instruction(
-                "convert_element_type", FUSED, (made[k],), (own,), program, place
-            )
-        )
+        work.emit(Instruction(CONVERT, FUSED, (made[k],), (own,), program, place))
 
 
 def _is_narrow(op: Op, plan: OpPlan, k: int) -> bool:
